@@ -1,0 +1,78 @@
+"""The contract between the server and a model: `Item` in, `Prepared` through the queue, float32 rows out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Output = Literal["dense", "multi_vector", "sparse", "rerank"]
+Truncate = Literal["none", "end", "start"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load a checkpoint: what the user asked for, `auto` where the backend is to choose."""
+
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    dtype: DType | Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the server may know of a loaded model."""
+
+    backend: str
+    device: str
+    dtype: DType  # of the matrix products; rows are always float32
+    dimensions: int
+    max_tokens: int  # of one item, special tokens and prompt included
+    vocabulary_size: int
+    normalize: bool  # the checkpoint ends in L2 normalisation; `run` leaves that last step to its caller
+    batch_tokens: int  # the padded tokens a batch that this device runs fastest
+    modalities: tuple[str, ...] = ("text",)
+    output: Output = "dense"
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None  # a key of `prompts`, put before every text unless another is asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One input: a text, or the model's own token ids (taken as they are, special tokens included)."""
+
+    content: str | tuple[int, ...]
+    prompt: str = ""  # put before the text
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An item made ready on the CPU, waiting for its batch."""
+
+    payload: Any  # the backend's own
+    tokens: int  # what the device will process for it, padding aside
+    truncated: bool = False
+    group: Hashable = None  # only items of one group may share a batch
+
+
+class Backend(ABC):
+    """A loaded model. Constructed and run on one thread; `prepare` and `collate` may be called from any."""
+
+    info: ModelInfo
+
+    @abstractmethod
+    def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
+        """Tokenise the items, in order. Raises an `InputError`; then none of them is prepared."""
+
+    @abstractmethod
+    def collate(self, batch: Sequence[Prepared]) -> Any:
+        """Join prepared items into what `run` takes: padded to the longest of them."""
+
+    @abstractmethod
+    def run(self, batch: Any) -> NDArray[np.float32]:
+        """One forward pass on the device: float32 rows, [batch, dimensions], in the order given to `collate`.
+
+        Raises `DeviceLost` when the device can compute no more.
+        """

@@ -1,0 +1,57 @@
+"""What can go wrong with a model. Load-time errors say what to type; input errors say which item was at fault."""
+
+from collections.abc import Sequence
+
+
+class ModelError(Exception):
+    """A model cannot be served. The message is written for the person who typed the command."""
+
+
+class ModelNotFound(ModelError):
+    """The id or path leads to no checkpoint that can be had here."""
+
+
+class UnsupportedModel(ModelError):
+    """The checkpoint's own files describe something that no backend runs."""
+
+
+class MissingDependency(ModelError):
+    """The chosen backend needs a package that is not installed."""
+
+
+class InputError(Exception):
+    """An item that the model cannot take. `index` is its place in the list given to `prepare`."""
+
+
+class InputTooLong(InputError):
+    """Items longer than the model takes, where cutting them was not asked for.
+
+    `lengths` holds (index, tokens) for each such item; `max_tokens` is the model's limit.
+    """
+
+    def __init__(self, lengths: Sequence[tuple[int, int]], max_tokens: int) -> None:
+        super().__init__(f"{len(lengths)} inputs exceed {max_tokens} tokens")
+        self.lengths = list(lengths)
+        self.max_tokens = max_tokens
+
+
+class InvalidTokenId(InputError):
+    """A token id outside [0, vocabulary_size)."""
+
+    def __init__(self, index: int, token_id: int, vocabulary_size: int) -> None:
+        super().__init__(f"token id {token_id} is outside the vocabulary of {vocabulary_size}")
+        self.index = index
+        self.token_id = token_id
+        self.vocabulary_size = vocabulary_size
+
+
+class EmptyInput(InputError):
+    """A text of which the tokenizer leaves nothing, such as white space alone."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__("the text gives no tokens")
+        self.index = index
+
+
+class DeviceLost(Exception):
+    """The device no longer computes: the model must be loaded anew before anything else runs."""

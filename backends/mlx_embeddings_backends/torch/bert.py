@@ -1,0 +1,169 @@
+"""BERT and its kin (RoBERTa, XLM-R, CamemBERT): the encoder's forward pass, written for speed.
+
+The same function as transformers' (`transformers.models.bert.modeling_bert`), with one product for query, key and
+value, weights cast once, few Python calls a layer, and no work on padding: everything but attention itself runs on the
+batch's tokens laid end to end. LayerNorm, the residual stream and the output are float32 whatever the dtype of the
+products; softmax accumulates in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, *layers: nn.Linear) -> "Linear":
+        """One layer, or several on the same input as one."""
+        return cls(
+            torch.cat([layer.weight.detach() for layer in layers]).to(dtype),
+            torch.cat([layer.bias.detach() for layer in layers]).to(dtype),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTokens:
+    """The tokens of a batch end to end, with filler rows behind them up to a round number."""
+
+    ids: Tensor  # [rows]
+    positions: Tensor  # [rows]
+    places: Tensor  # [tokens], of each token in the flattened padded batch
+    attention_mask: Tensor  # [batch, longest]
+    has_padding: bool
+
+    def to(self, device: torch.device) -> "PackedTokens":
+        ids, positions, places, attention_mask = (
+            each.to(device, non_blocking=True) for each in (self.ids, self.positions, self.places, self.attention_mask)
+        )
+        return PackedTokens(ids, positions, places, attention_mask, self.has_padding)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    query_key_value: Linear
+    attention_output: Linear
+    attention_norm: nn.LayerNorm
+    intermediate: Linear
+    output: Linear
+    output_norm: nn.LayerNorm
+
+
+class BertEncoder:
+    """Token ids to the last hidden state."""
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        config = model.config
+        embeddings: Any = model.embeddings
+        encoder: Any = model.encoder
+        self.dtype = dtype
+        self.heads: int = config.num_attention_heads
+        self.activation = ACT2FN[config.hidden_act]
+        # RoBERTa numbers positions from padding_idx + 1 and skips padding tokens; BERT from 0.
+        self.padding_idx: int | None = None if config.model_type == "bert" else embeddings.padding_idx
+        self.words: Tensor = embeddings.word_embeddings.weight.detach()
+        # The token type is always 0 here, so its row is added to the positions once.
+        types = embeddings.token_type_embeddings.weight.detach()
+        self.positions: Tensor = embeddings.position_embeddings.weight.detach() + types[0]
+        self.embedding_norm: nn.LayerNorm = embeddings.LayerNorm
+        self.layers = [
+            Layer(
+                query_key_value=Linear.of(dtype, attention.self.query, attention.self.key, attention.self.value),
+                attention_output=Linear.of(dtype, attention.output.dense),
+                attention_norm=attention.output.LayerNorm,
+                intermediate=Linear.of(dtype, layer.intermediate.dense),
+                output=Linear.of(dtype, layer.output.dense),
+                output_norm=layer.output.LayerNorm,
+            )
+            for layer in encoder.layer
+            for attention in (layer.attention,)
+        ]
+
+    @staticmethod
+    def covers(config: PretrainedConfig) -> bool:
+        """Whether the forward pass below is this configuration's, with nothing left out."""
+        return (
+            config.model_type in MODEL_TYPES
+            and getattr(config, "position_embedding_type", "absolute") == "absolute"
+            and not getattr(config, "is_decoder", False)
+            and not getattr(config, "add_cross_attention", False)
+        )
+
+    def pack(self, items: Sequence[NDArray[np.int64]]) -> PackedTokens:
+        """Token ids of each item -> one row a token. On the CPU, from any thread."""
+        lengths = np.array([len(ids) for ids in items])
+        tokens, longest = int(lengths.sum()), int(lengths.max())
+        real = np.arange(longest) < lengths[:, None]  # [batch, longest]
+        filler = np.zeros(_round_up(tokens) - tokens, dtype=np.int64)
+        return PackedTokens(
+            ids=torch.from_numpy(np.concatenate([*items, filler])),
+            positions=torch.from_numpy(np.concatenate([*map(self._positions_of, items), filler])),
+            places=torch.from_numpy(np.flatnonzero(real)),
+            attention_mask=torch.from_numpy(real.astype(np.int64)),
+            has_padding=tokens < real.size,
+        )
+
+    def _positions_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.padding_idx is None:
+            return np.arange(len(ids))
+        real = ids != self.padding_idx
+        positions: NDArray[np.int64] = np.cumsum(real) * real + self.padding_idx
+        return positions
+
+    def __call__(self, packed: PackedTokens) -> Tensor:
+        """-> float32 [batch, longest, dim], zeros where nothing is."""
+        batch, longest = packed.attention_mask.shape
+        tokens = len(packed.places)
+        x = functional.embedding(packed.ids, self.words) + functional.embedding(packed.positions, self.positions)
+        x = self.embedding_norm(x)  # [rows, dim]
+        blocked = None
+        if packed.has_padding:
+            blocked = torch.zeros(batch, 1, 1, longest, dtype=self.dtype, device=x.device)
+            blocked.masked_fill_(packed.attention_mask[:, None, None] == 0, float("-inf"))
+        for layer in self.layers:
+            x = self._layer(x, layer, packed, blocked)
+        hidden = x.new_zeros(batch * longest, x.shape[1]).index_copy_(0, packed.places, x[:tokens])
+        return hidden.view(batch, longest, -1)
+
+    def _layer(self, x: Tensor, layer: Layer, packed: PackedTokens, blocked: Tensor | None) -> Tensor:
+        mixed = self._attend(layer.query_key_value(x.to(self.dtype)), packed, blocked)  # [rows, dim]
+        x = layer.attention_norm(layer.attention_output(mixed).float() + x)
+        hidden = self.activation(layer.intermediate(x.to(self.dtype)))  # [rows, intermediate]
+        return cast(Tensor, layer.output_norm(layer.output(hidden).float() + x))
+
+    def _attend(self, qkv: Tensor, packed: PackedTokens, blocked: Tensor | None) -> Tensor:
+        """qkv [rows, 3 dim] -> [rows, dim]: padded for the attention itself, and packed again."""
+        batch, longest = packed.attention_mask.shape
+        (rows, width), tokens = qkv.shape, len(packed.places)
+        qkv = qkv[:tokens]
+        if blocked is not None:
+            qkv = qkv.new_zeros(batch * longest, width).index_copy_(0, packed.places, qkv)
+        qkv = qkv.view(batch, longest, 3, self.heads, width // 3 // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [batch, heads, longest, head_dim]
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=blocked)
+        mixed = mixed.transpose(1, 2).reshape(batch * longest, width // 3)
+        if blocked is not None:
+            mixed = mixed.index_select(0, packed.places)
+        return functional.pad(mixed, (0, 0, 0, rows - tokens)) if rows > tokens else mixed
+
+
+def _round_up(tokens: int) -> int:
+    """A number of rows that comes up again: oneDNN makes a kernel for each new one, which takes longer than it runs."""
+    step = 8 if tokens <= 64 else 32 if tokens <= 512 else 128
+    return -(-tokens // step) * step

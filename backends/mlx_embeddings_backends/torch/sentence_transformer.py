@@ -1,0 +1,178 @@
+"""Text encoders in sentence-transformers' format, and bare ones. Loading is that library's; the hot path is ours."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
+
+from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Truncate
+from mlx_embeddings_backends.errors import DeviceLost, UnsupportedModel
+from mlx_embeddings_backends.tokenization import TextTokenizer
+from mlx_embeddings_backends.torch.bert import BertEncoder, PackedTokens
+from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
+from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Features of the first module, or tokens for our own encoder; and what the modules behind it look at."""
+
+    tokens: dict[str, Tensor] | PackedTokens
+    prompt_tokens: int
+
+
+class SentenceTransformerBackend(Backend):
+    """Transformer, then pooling and whatever modules follow it, as modules.json says."""
+
+    def __init__(self, folder: Path, options: LoadOptions) -> None:
+        device = choose_device(options.device)
+        dtype = choose_dtype(options.dtype, device)
+        # Weights come in float32 whatever the file holds; what is cast to `dtype` is cast below.
+        if not sys.stderr.isatty():
+            disable_progress_bar()  # type: ignore[no-untyped-call]
+        model = SentenceTransformer(
+            str(folder),
+            device="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"dtype": torch.float32},
+        ).eval()
+        transformer, *rest = model.children()
+        assert isinstance(transformer, Transformer)
+        _check_text_only(transformer)
+        normalize = isinstance(rest[-1], Normalize) and rest[-1].module_input_name == "sentence_embedding"
+        self._after: list[nn.Module] = [module.to(device) for module in (rest[:-1] if normalize else rest)]
+        self._prompt_is_pooled = all(module.include_prompt for module in rest if isinstance(module, Pooling))
+        self._device = device
+        self._encoder, self._transformer = _place_encoder(transformer, device, TORCH_DTYPES[dtype])
+
+        tokenizer = transformer.tokenizer
+        self._pad_id = int(tokenizer.pad_token_id or 0)
+        vocabulary_size = transformer.model.get_input_embeddings().num_embeddings
+        max_tokens = _max_tokens(transformer)
+        self._tokenizer = TextTokenizer(
+            tokenizer.backend_tokenizer, max_tokens=max_tokens, vocabulary_size=vocabulary_size
+        )
+        self._prompt_tokens: dict[str, int] = {}
+        self.info = ModelInfo(
+            backend="torch",
+            device=str(device),
+            dtype=dtype,
+            dimensions=model.truncate_dim or cast(int, model.get_embedding_dimension()),
+            max_tokens=max_tokens,
+            vocabulary_size=vocabulary_size,
+            normalize=normalize,
+            batch_tokens=batch_tokens(device),
+            prompts={name: prompt or "" for name, prompt in model.prompts.items()},
+            default_prompt=model.default_prompt_name,
+        )
+
+    def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
+        tokens = self._tokenizer.encode(items, truncate)
+        return [
+            Prepared(each.ids, tokens=len(each.ids), truncated=each.truncated, group=self._unpooled_tokens(item.prompt))
+            for item, each in zip(items, tokens, strict=True)
+        ]
+
+    def _unpooled_tokens(self, prompt: str) -> int:
+        """Tokens at the start that pooling leaves out (INSTRUCTOR): the same for every item of a batch."""
+        if not prompt or self._prompt_is_pooled:
+            return 0
+        if prompt not in self._prompt_tokens:
+            self._prompt_tokens[prompt] = self._tokenizer.count_before_end(prompt)
+        return self._prompt_tokens[prompt]
+
+    def collate(self, batch: Sequence[Prepared]) -> Batch:
+        items: list[NDArray[np.int64]] = [prepared.payload for prepared in batch]
+        prompt_tokens = cast(int, batch[0].group)
+        if self._encoder is not None:
+            return Batch(self._encoder.pack(items), prompt_tokens)
+        return Batch(self._pad(items), prompt_tokens)
+
+    def _pad(self, items: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
+        """input_ids and attention_mask [batch, tokens], padded on the right."""
+        longest = max(map(len, items))
+        # Lengths that come up again, for the sake of kernels made for each (see bert.py).
+        longest = min(-(-longest // 8) * 8, self.info.max_tokens)
+        ids = np.full((len(items), longest), self._pad_id, dtype=np.int64)
+        mask = np.zeros((len(items), longest), dtype=np.int64)
+        for row, each in enumerate(items):
+            ids[row, : len(each)] = each
+            mask[row, : len(each)] = 1
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> NDArray[np.float32]:
+        try:
+            return self._forward(batch)
+        except torch.AcceleratorError as error:
+            # An error in a kernel leaves the CUDA context unusable; running out of memory is another exception.
+            raise DeviceLost(str(error)) from error
+
+    def _forward(self, batch: Batch) -> NDArray[np.float32]:
+        features: dict[str, Any]
+        if isinstance(batch.tokens, PackedTokens):
+            packed = batch.tokens.to(self._device)
+            features = {
+                "token_embeddings": cast(BertEncoder, self._encoder)(packed),
+                "attention_mask": packed.attention_mask,
+            }
+        else:
+            features = {name: each.to(self._device, non_blocking=True) for name, each in batch.tokens.items()}
+            features = cast(nn.Module, self._transformer)(features | {"modality": "text"})
+            features["token_embeddings"] = features["token_embeddings"].float()
+        if batch.prompt_tokens:
+            features["prompt_length"] = batch.prompt_tokens
+        for module in self._after:
+            features = module(features)
+        rows = features["sentence_embedding"][:, : self.info.dimensions]  # [batch, dimensions]
+        return cast(NDArray[np.float32], rows.float().cpu().numpy())
+
+
+def _place_encoder(
+    transformer: Transformer, device: torch.device, dtype: torch.dtype
+) -> tuple[BertEncoder | None, nn.Module | None]:
+    """The encoder on its device with products in `dtype`: our own forward pass where it covers the architecture."""
+    keeps_only_last_layer = not getattr(transformer.config, "output_hidden_states", False)
+    if BertEncoder.covers(transformer.config) and keeps_only_last_layer:
+        transformer.to(device)
+        return BertEncoder(transformer.model, dtype), None
+    if dtype != torch.float32:
+        use_mixed_products(transformer.model, dtype)
+    return None, transformer.to(device)
+
+
+def _check_text_only(transformer: Transformer) -> None:
+    if set(transformer.modality_config) != {"text"} or transformer.module_output_name != "token_embeddings":
+        raise UnsupportedModel(
+            f"the transformer takes {', '.join(map(str, transformer.modality_config))}: only text is known"
+        )
+    if transformer.processing_kwargs:
+        raise UnsupportedModel(
+            f"processing_kwargs {sorted(transformer.processing_kwargs)} of the checkpoint are not known"
+        )
+    if not getattr(transformer.tokenizer, "is_fast", False):
+        raise UnsupportedModel("the checkpoint's tokenizer has no tokenizer.json, and none can be made of its files")
+
+
+def _max_tokens(transformer: Transformer) -> int:
+    """`max_seq_length`, held to the positions that the model has."""
+    positions = getattr(transformer.config, "max_position_embeddings", None) or 0
+    table = getattr(getattr(transformer.model, "embeddings", None), "position_embeddings", None)
+    if isinstance(table, nn.Embedding):
+        # RoBERTa's first position is padding_idx + 1.
+        positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    limits = [limit for limit in (transformer.max_seq_length, positions) if limit and 0 < limit < 1_000_000_000]
+    if not limits:
+        raise UnsupportedModel("the checkpoint says nowhere how many tokens it takes: set max_seq_length")
+    return int(min(limits))

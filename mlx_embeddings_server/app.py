@@ -1,0 +1,98 @@
+"""create_app(): wiring, lifespan and error handlers."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from mlx_embeddings_server import __version__
+from mlx_embeddings_server.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, openai_body
+from mlx_embeddings_server.inputs.token_encoding import TokenDecoder, is_known_encoding, known_encodings
+from mlx_embeddings_server.metrics import Metrics
+from mlx_embeddings_server.middleware import RequestMiddleware
+from mlx_embeddings_server.models import Load, Models, load_backend
+from mlx_embeddings_server.routes import health, openai
+from mlx_embeddings_server.routes.disconnects import ClientGone, DisconnectWatcher
+from mlx_embeddings_server.runtime import Runtime
+from mlx_embeddings_server.service import EmbeddingService
+from mlx_embeddings_server.settings import Settings, SettingsError
+
+
+def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
+    """The server as an ASGI app. Models are found here, and loaded at the latest when the app starts.
+
+    Raises `SettingsError`, or `ModelError` for a model that is not to be had. `load` makes a backend of a checkpoint.
+    """
+    if not settings.model:
+        raise SettingsError("no model was named: give --model, or set MLX_EMBEDDINGS_MODEL")
+    metrics = Metrics()
+    service = EmbeddingService(
+        metrics,
+        truncate=settings.truncate,
+        dimensions_policy=settings.dimensions_policy,
+        token_decoder=_token_decoder(settings.token_encoding),
+    )
+    disconnects = DisconnectWatcher()
+    runtime = Runtime(settings, Models(settings, metrics, load), metrics, service)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(runtime.models.load)
+        watching = asyncio.create_task(disconnects.run())
+        yield
+        runtime.draining = True
+        watching.cancel()
+        runtime.models.close()
+
+    app = FastAPI(
+        title="mlx-embeddings-server",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+        # Off: looking for OpenTelemetry's providers takes 0.02 ms a request, and there are none.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    app.state.runtime = runtime
+    app.state.disconnects = disconnects
+    app.add_middleware(RequestMiddleware, runtime=runtime)
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(ClientGone, _answer_nobody)
+    app.include_router(openai.router)
+    app.include_router(health.router)
+    return app
+
+
+def _token_decoder(encoding_name: str) -> TokenDecoder | None:
+    if encoding_name == "native":
+        return None
+    if not is_known_encoding(encoding_name):
+        raise SettingsError(f"--token-encoding {encoding_name}: known are native, {', '.join(known_encodings())}")
+    return TokenDecoder(encoding_name)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(openai_body(error), status_code=error.status, headers=error.headers)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """What the router refuses by itself: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    match error.status_code:
+        case 404:
+            answer: ApiError = NotFound(f"{message}; GET / lists the endpoints", code="unknown_url")
+        case 405:
+            answer = MethodNotAllowed(message, headers=error.headers)
+        case _:
+            answer = InvalidRequest(message)
+    return await _answer_api_error(request, answer)
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    # nginx's status for a client that has gone: nobody reads it, but logs and metrics do.
+    return Response(status_code=499)

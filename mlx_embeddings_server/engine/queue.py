@@ -1,0 +1,156 @@
+"""Admission: items wait here, bounded by their tokens, until the worker takes them as a batch."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_embeddings_backends.base import Prepared
+from mlx_embeddings_server.engine.batcher import pick
+
+# Only the oldest items are looked at when a batch is formed: it bounds the time that the lock is held.
+WINDOW = 4096
+
+
+class QueueFull(Exception):
+    """More tokens wait than the bound allows. `retry_after` is in seconds."""
+
+    def __init__(self, waiting: int, bound: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} tokens are waiting, the bound is {bound}")
+        self.retry_after = retry_after
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request's place in the queue: its rows arrive one by one, its future is set once."""
+
+    future: asyncio.Future[None]
+    rows: list[NDArray[np.float32] | None]
+    left: int
+    error: BaseException | None = None
+    queue_seconds: float = 0.0  # until its last item was taken
+    inference_seconds: float = 0.0  # of the longest batch that carried one of its items
+
+    def settle(self) -> None:
+        """Wake the waiting request. Called on the event loop."""
+        if self.future.done():  # the client left meanwhile
+            return
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One item of one request."""
+
+    prepared: Prepared
+    ticket: Ticket
+    index: int
+    admitted_at: float
+    suspect: bool = False  # was in a batch that took the worker down: runs alone, and not a third time
+
+
+@dataclass(slots=True)
+class Pace:
+    """Tokens a second, as a moving average, from which Retry-After is told."""
+
+    tokens_per_second: float = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        rate = tokens / max(seconds, 1e-6)
+        self.tokens_per_second = rate if not self.tokens_per_second else 0.9 * self.tokens_per_second + 0.1 * rate
+
+    def seconds_for(self, tokens: int) -> float:
+        return tokens / self.tokens_per_second if self.tokens_per_second else 1.0
+
+
+class Queue:
+    """Thread-safe: requests admit on the event loop, the worker's threads take.
+
+    `bound` is in tokens. `lock` guards everything; `arrived` says that an item waits, `filled` that a full batch does.
+    """
+
+    def __init__(self, bound: int, batch_tokens: int) -> None:
+        self.bound = bound
+        self.batch_tokens = batch_tokens
+        self.pace = Pace()
+        self.waiting: list[Job] = []
+        self.tokens = 0
+        self.requests = 0  # admitted so far
+        self.lock = threading.Lock()
+        self.arrived = threading.Condition(self.lock)
+        self.filled = threading.Condition(self.lock)
+
+    def check_room(self) -> None:
+        """Refuse a request before any work is done for it. Raises `QueueFull`."""
+        if self.tokens >= self.bound:
+            raise self._full(0)
+
+    def admit(self, prepared: Sequence[Prepared], ticket: Ticket) -> None:
+        """All of a request or nothing of it. Raises `QueueFull`.
+
+        A request that alone exceeds the bound is admitted when nothing waits: refusing it would be for ever.
+        """
+        tokens = sum(each.tokens for each in prepared)
+        now = time.perf_counter()
+        with self.lock:
+            if self.tokens and self.tokens + tokens > self.bound:
+                raise self._full(tokens)
+            self.waiting.extend(Job(each, ticket, index, now) for index, each in enumerate(prepared))
+            self.tokens += tokens
+            self.requests += 1
+            self.arrived.notify()
+            if self.has_full_batch():
+                self.filled.notify()
+
+    def _full(self, wanted: int) -> QueueFull:
+        # A quarter of the bound at least, so that those who come back find room and not each other.
+        room_wanted = max(self.tokens + wanted - self.bound, self.bound // 4)
+        return QueueFull(self.tokens, self.bound, self.pace.seconds_for(room_wanted))
+
+    def take(self) -> list[Job]:
+        """The next batch. `lock` must be held, and something must wait."""
+        window = self.waiting[:WINDOW]
+        oldest = window[0]
+        # Suspects are at the front, so those behind a trusted item are trusted too.
+        chosen = [0] if oldest.suspect else pick([job.prepared for job in window], self.batch_tokens)
+        taken = set(chosen)
+        self.waiting[: len(window)] = [job for place, job in enumerate(window) if place not in taken]
+        jobs = [window[place] for place in chosen]
+        self.tokens -= sum(job.prepared.tokens for job in jobs)
+        now = time.perf_counter()
+        for job in jobs:
+            job.ticket.queue_seconds = max(job.ticket.queue_seconds, now - job.admitted_at)
+        return jobs
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Return jobs to the front, to run alone."""
+        with self.lock:
+            for job in jobs:
+                job.suspect = True
+            self.waiting[:0] = jobs
+            self.tokens += sum(job.prepared.tokens for job in jobs)
+
+    def discard(self, ticket: Ticket) -> None:
+        """Forget what still waits of a request whose client has gone."""
+        with self.lock:
+            kept = [job for job in self.waiting if job.ticket is not ticket]
+            if len(kept) < len(self.waiting):
+                self.tokens = sum(job.prepared.tokens for job in kept)
+                self.waiting = kept
+
+    def take_all(self) -> list[Job]:
+        with self.lock:
+            jobs, self.waiting, self.tokens = self.waiting, [], 0
+        return jobs
+
+    def has_full_batch(self) -> bool:
+        """Whether a batch formed now could hardly grow any more. `lock` must be held."""
+        full = self.tokens >= self.batch_tokens or len(self.waiting) >= WINDOW
+        return full and bool(self.waiting) and not self.waiting[0].suspect

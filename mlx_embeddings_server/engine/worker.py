@@ -1,0 +1,275 @@
+"""The one thread that touches the device: loads the model, runs batches, and starts over when the device is lost."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_embeddings_backends.base import Backend, Item
+from mlx_embeddings_backends.errors import DeviceLost, ModelError
+from mlx_embeddings_server.engine.handover import Handover
+from mlx_embeddings_server.engine.queue import Job, Queue, Ticket
+
+log = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "restarting", "dead", "stopped"]
+
+# Restarts in a row, with no batch done between them, before the worker gives up; and the pause before each.
+RESTART_PAUSES = (0.0, 1.0, 5.0, 15.0)
+
+
+class InferenceFailed(Exception):
+    """The model raised on this item, alone in its batch."""
+
+
+class NonFiniteVector(Exception):
+    """The model gave a NaN or an infinity for this item."""
+
+
+class WorkerLost(Exception):
+    """The worker died under this item, or before it came to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStats:
+    """What one batch was: for the metrics."""
+
+    items: int
+    tokens: int
+    padded_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A batch made ready while another ran. `collated` is None where joining it failed: the worker finds out why."""
+
+    jobs: list[Job]
+    collated: Any | None
+
+
+class Worker:
+    """Owns the backend. `observe` is called from the worker's thread after each batch."""
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Backend],
+        queue: Queue,
+        observe: Callable[[BatchStats], None],
+    ) -> None:
+        self.state: State = "starting"
+        self.reason: str | None = None
+        self.restarts = 0
+        self.backend: Backend | None = None
+        self._load = load
+        self._queue = queue
+        self._handover = Handover(queue)
+        self._observe = observe
+        self._ahead: _Ahead | None = None
+        self._collating = False
+        self._running: list[Job] = []
+        self._stopping = False
+        self._failed_in_a_row = 0
+        self._first_load: BaseException | None = None
+        self._settled = threading.Event()  # the first load has succeeded or failed
+        self._threads = [
+            threading.Thread(target=self._live, name=f"worker-{name}", daemon=True),
+            threading.Thread(target=self._prepare_ahead, name=f"prepare-{name}", daemon=True),
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def wait_until_loaded(self) -> Backend:
+        """Block until the model is loaded and warm. Raises `ModelError`."""
+        self._settled.wait()
+        error = self._first_load
+        if isinstance(error, ModelError):
+            raise error
+        if error is not None:
+            raise ModelError(f"the model could not be loaded: {type(error).__name__}: {error}") from error
+        assert self.backend is not None
+        return self.backend
+
+    def stop(self) -> None:
+        """End after the batch that runs. What still waits is failed."""
+        with self._queue.lock:
+            self._stopping = True
+            self._queue.arrived.notify_all()
+            self._queue.filled.notify_all()
+
+    # The worker's thread
+
+    def _live(self) -> None:
+        while not self._stopping:
+            try:
+                self._load_and_warm()
+                self._settled.set()
+                self._serve()
+            except BaseException as error:  # whatever killed this life, the next one may be sound
+                if not self._settled.is_set():
+                    self.state, self._first_load = "dead", error
+                    self._settled.set()
+                    return
+                if not self._rise_again(error):
+                    return
+        self.state, self.backend = "stopped", None
+        self._fail_everything(WorkerLost("the server is shutting down"))
+
+    def _load_and_warm(self) -> None:
+        backend = self._load()
+        for count, words in ((1, 8), (8, 64)):
+            backend.run(backend.collate(backend.prepare([Item("warm " * words)] * count, truncate="end")))
+        self.backend = backend
+        self.state, self.reason = "ready", None
+
+    def _rise_again(self, error: BaseException) -> bool:
+        """Put the batch that ran back in the queue and say whether to load again."""
+        ran, self._running = self._running, []
+        lost = [job for job in ran if job.suspect]
+        self._answer({job.ticket for job in lost}, WorkerLost("the worker died twice under this input"))
+        self._queue.put_back([job for job in ran if not job.suspect])
+        self._failed_in_a_row += 1
+        self.reason = f"{type(error).__name__}: {error}"
+        log.error("the worker died, attempt %d to restart it", self._failed_in_a_row, exc_info=error)
+        if self._failed_in_a_row > len(RESTART_PAUSES):
+            self.state = "dead"
+            self._fail_everything(WorkerLost("the model's worker is dead"))
+            return False
+        self.state, self.backend = "restarting", None
+        self.restarts += 1
+        time.sleep(RESTART_PAUSES[self._failed_in_a_row - 1])
+        return True
+
+    def _serve(self) -> None:
+        backend = self.backend
+        assert backend is not None
+        while (batch := self._next()) is not None:
+            started = time.perf_counter()
+            done = self._run(backend, batch.jobs, batch.collated)
+            seconds = time.perf_counter() - started
+            self._running = []
+            self._failed_in_a_row = 0
+            self._record(batch.jobs, seconds)
+            self._handover.settle(done)
+            if done and not self._has_work():
+                self._handover.wait()
+
+    def _has_work(self) -> bool:
+        """Whether the next batch would be a full one."""
+        with self._queue.lock:
+            return self._ahead is not None or self._collating or self._queue.has_full_batch()
+
+    def _next(self) -> _Ahead | None:
+        """The batch made ready, else one formed now; blocks while nothing waits. None: stop."""
+        queue = self._queue
+        with queue.lock:
+            while not self._stopping:
+                if self._ahead is not None:
+                    batch, self._ahead = self._ahead, None
+                    break
+                if queue.waiting and not self._collating:
+                    batch = _Ahead(queue.take(), None)
+                    break
+                queue.arrived.wait()
+            else:
+                return None
+            self._running = batch.jobs
+            if queue.has_full_batch():
+                queue.filled.notify()
+        return batch
+
+    def _run(self, backend: Backend, jobs: list[Job], collated: Any | None) -> set[Ticket]:
+        """Fill the jobs' tickets; returns the complete ones. A failing batch is halved until the bad item is alone."""
+        try:
+            rows = backend.run(backend.collate([job.prepared for job in jobs]) if collated is None else collated)
+        except DeviceLost:
+            raise
+        except Exception as error:
+            if len(jobs) > 1:
+                half = len(jobs) // 2
+                return self._run(backend, jobs[:half], None) | self._run(backend, jobs[half:], None)
+            log.exception("the model failed on one input of %d tokens", jobs[0].prepared.tokens)
+            failure = InferenceFailed(str(error))
+            failure.__cause__ = error
+            return _fail(jobs[0].ticket, failure)
+        return _fill(jobs, rows)
+
+    def _record(self, jobs: Sequence[Job], seconds: float) -> None:
+        tokens = [job.prepared.tokens for job in jobs]
+        padded = len(tokens) * max(tokens)
+        self._queue.pace.observe(sum(tokens), seconds)
+        for ticket in {job.ticket for job in jobs}:
+            ticket.inference_seconds = max(ticket.inference_seconds, seconds)
+        self._observe(BatchStats(len(tokens), sum(tokens), padded, seconds))
+
+    def _answer(self, tickets: set[Ticket], error: BaseException) -> None:
+        done: set[Ticket] = set()
+        for ticket in tickets:
+            done |= _fail(ticket, error)
+        self._handover.settle(done)
+
+    def _fail_everything(self, error: BaseException) -> None:
+        jobs = self._queue.take_all()
+        with self._queue.lock:
+            if self._ahead is not None:
+                jobs += self._ahead.jobs
+                self._ahead = None
+        self._answer({job.ticket for job in jobs}, error)
+
+    # The thread that makes the next batch ready while one runs
+
+    def _prepare_ahead(self) -> None:
+        """Only full batches: one that could still grow is formed when the worker is free, and not before."""
+        queue = self._queue
+        while True:
+            with queue.lock:
+                while not self._stopping and not self._can_prepare_ahead():
+                    queue.filled.wait()
+                backend = self.backend
+                if self._stopping:
+                    return
+                if backend is None:  # lost a moment ago
+                    continue
+                jobs = queue.take()
+                self._collating = True
+            try:
+                collated = backend.collate([job.prepared for job in jobs])
+            except Exception:  # the worker meets the same error, and splits the batch
+                collated = None
+            with queue.lock:
+                self._ahead, self._collating = _Ahead(jobs, collated), False
+                queue.arrived.notify()
+
+    def _can_prepare_ahead(self) -> bool:
+        return bool(self._running) and self._ahead is None and self._queue.has_full_batch()
+
+
+def _fill(jobs: Sequence[Job], rows: NDArray[np.float32]) -> set[Ticket]:
+    finite = np.atleast_1d(np.isfinite(rows).all(axis=1))
+    done: set[Ticket] = set()
+    for job, row, sound in zip(jobs, rows, finite, strict=True):
+        ticket = job.ticket
+        if not sound:
+            done |= _fail(ticket, NonFiniteVector("the model gave NaN or infinity"))
+            continue
+        ticket.rows[job.index] = row
+        ticket.left -= 1
+        if ticket.left == 0:
+            done.add(ticket)
+    return done
+
+
+def _fail(ticket: Ticket, error: BaseException) -> set[Ticket]:
+    """The first error is the request's; there is nothing to settle twice."""
+    if ticket.error is not None:
+        return set()
+    ticket.error = error
+    return {ticket}

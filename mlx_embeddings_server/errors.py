@@ -1,0 +1,91 @@
+"""The error tree: each error carries its status, type and code; one renderer a dialect turns it into a body."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class ApiError(Exception):
+    """Base of all errors that a caller sees. The message says what was wrong, where, and what to do."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        details: Sequence[Mapping[str, Any]] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.code
+        self.details = details
+        self.headers = dict(headers or {})
+
+
+class InvalidRequest(ApiError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class AuthenticationFailed(ApiError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class NotFound(ApiError):
+    status = 404
+    type = "not_found_error"
+
+
+class MethodNotAllowed(ApiError):
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class BodyTooLarge(ApiError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class NotJson(ApiError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class Overloaded(ApiError):
+    """The queue is full. Nothing was computed; the caller may come back after `Retry-After` seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)})
+
+
+class InternalError(ApiError):
+    code = "internal_error"
+
+
+class Unavailable(ApiError):
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """OpenAI's shape; `details` only where there are some."""
+    body: dict[str, Any] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    if error.details is not None:
+        body["details"] = error.details
+    return {"error": body}

@@ -1,0 +1,83 @@
+"""The launcher: flags -> Settings -> uvicorn."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mlx_embeddings_server import __version__
+from mlx_embeddings_server.settings import ENVIRONMENT_PREFIX, Settings, SettingsError, load_settings
+
+_NO_MODEL = """\
+mlx-embeddings-server: no model was named. Two commands that work:
+
+  mlx-embeddings-server --model sentence-transformers/all-MiniLM-L6-v2
+  mlx-embeddings-server --model ./path/to/a/model/folder
+
+--help lists all options.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve until a signal. Exits with 0 after one, with 2 when the command or the model was wrong."""
+    flags = vars(_parser().parse_args(arguments))
+    try:
+        settings = load_settings({name: value for name, value in flags.items() if value is not None})
+    except SettingsError as error:
+        _exit(str(error))
+    if not settings.model:
+        sys.stderr.write(_NO_MODEL)
+        sys.exit(2)
+    # Only now: what follows imports the web framework, and then the model's backend.
+    from mlx_embeddings_backends.errors import ModelError
+    from mlx_embeddings_server.serve import serve
+
+    try:
+        serve(settings)
+    except (SettingsError, ModelError) as error:
+        logging.getLogger(__name__).debug("could not start", exc_info=error)
+        _exit(str(error))
+
+
+def _exit(message: str) -> NoReturn:
+    sys.stderr.write(f"mlx-embeddings-server: {message}\n")
+    sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """One flag for each field of Settings."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-embeddings-server",
+        description="An OpenAI-compatible embeddings server for MLX and torch.",
+        epilog=f"Each flag is also an environment variable, such as {ENVIRONMENT_PREFIX}MAX_BATCH_TOKENS, and a key of "
+        "the YAML file; flags win over variables, variables over the file.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    for name, field in Settings.model_fields.items():
+        several = isinstance(field.default, tuple)
+        shown = "" if field.default is None or several else f" (default: {_shown(field.default)})"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            action="append" if several else "store",
+            metavar=_metavar(field.annotation),
+            help=f"{field.description}{shown}".replace("%", "%%"),
+        )
+    return parser
+
+
+def _shown(default: Any) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _metavar(annotation: Any) -> str:
+    choices = getattr(annotation, "__args__", ())
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "{" + ",".join(choices) + "}"
+    names = {int: "N", float: "SECONDS", bool: "BOOL"}
+    return next((names[kind] for kind in (annotation, *choices) if kind in names), "VALUE")
+
+
+if __name__ == "__main__":
+    main()

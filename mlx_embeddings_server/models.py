@@ -1,0 +1,121 @@
+"""The models that this process serves, by name."""
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from mlx_embeddings_backends import detect, hub
+from mlx_embeddings_backends.base import Backend, LoadOptions, ModelInfo
+from mlx_embeddings_backends.errors import ModelError
+from mlx_embeddings_backends.hub import Snapshot
+from mlx_embeddings_server.engine.engine import Engine
+from mlx_embeddings_server.errors import NotFound
+from mlx_embeddings_server.metrics import Metrics
+from mlx_embeddings_server.providers.local import LocalProvider
+from mlx_embeddings_server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[detect.Choice, Snapshot, LoadOptions], Backend]
+
+
+def load_backend(choice: detect.Choice, snapshot: Snapshot, options: LoadOptions) -> Backend:
+    return detect.load(choice, snapshot.path, options)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model under the name that requests call it by."""
+
+    name: str
+    snapshot: Snapshot
+    choice: detect.Choice
+    provider: LocalProvider
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def engine(self) -> Engine:
+        return self.provider.engine
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.provider.engine.info
+
+
+class Models:
+    """All served models. `load` builds a backend of what was found; tests pass their own."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, load: Load = load_backend) -> None:
+        """Find the checkpoints, without loading them. Raises `ModelError`."""
+        names = settings.served_model_name
+        if names and len(names) != len(settings.model):
+            raise ModelError(
+                f"--served-model-name was given {len(names)} times and --model {len(settings.model)} times: "
+                "give one name for each model, in the same order, or none"
+            )
+        self._by_name: dict[str, ServedModel] = {}
+        self._loaded = False
+        options = LoadOptions(settings.device, settings.dtype)
+        for place, model in enumerate(settings.model):
+            snapshot = hub.resolve(model, settings.revision)
+            name = names[place] if names else snapshot.name
+            if name in self._by_name:
+                raise ModelError(f"two models would be served as {name!r}: give each a --served-model-name")
+            choice = detect.choose(snapshot.path, settings.backend)
+            engine = Engine(
+                name,
+                partial(load, choice, snapshot, options),
+                queue_tokens=settings.max_queue_tokens,
+                batch_tokens=settings.max_batch_tokens,
+                observe=partial(metrics.observe_batch, name),
+            )
+            self._by_name[name] = ServedModel(name, snapshot, choice, LocalProvider(engine))
+            metrics.watch_queue(name, engine.queue)
+
+    def load(self) -> None:
+        """Load and warm up every model; returns when all can answer. Does nothing twice. Raises `ModelError`."""
+        if self._loaded:
+            return
+        self._loaded = True
+        for model in self:
+            info = model.engine.load()
+            log.info(
+                "serving %s: revision %s from %s, backend %s (%s), device %s, dtype %s, %d dimensions, "
+                "%d tokens at most, takes %s, gives %s vectors",
+                model.name,
+                model.snapshot.revision or "unknown",
+                model.snapshot.source,
+                info.backend,
+                model.choice.reason,
+                info.device,
+                info.dtype,
+                info.dimensions,
+                info.max_tokens,
+                " and ".join(info.modalities),
+                info.output,
+            )
+
+        # What the libraries made while loading stays: looking through it all for garbage, again and again, would stop
+        # the server for a third of a second each time.
+        gc.collect()
+        gc.freeze()
+
+    def get(self, name: str) -> ServedModel:
+        """By served name. Raises `NotFound` with what there is."""
+        try:
+            return self._by_name[name]
+        except KeyError:
+            served = ", ".join(self._by_name)
+            raise NotFound(
+                f"the model {name!r} is not served here; served: {served}", param="model", code="model_not_found"
+            ) from None
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._by_name.values())
+
+    def close(self) -> None:
+        for model in self:
+            model.provider.close()

@@ -1,0 +1,1 @@
+"""One file a public API. Handlers translate; the service decides."""

@@ -1,0 +1,95 @@
+"""What every route needs of a request: the runtime, the caller's key and the JSON body."""
+
+import secrets
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+
+from mlx_embeddings_server.errors import AuthenticationFailed, BodyTooLarge, InvalidRequest, NotJson, Unavailable
+from mlx_embeddings_server.routes.disconnects import DisconnectWatcher
+from mlx_embeddings_server.runtime import Runtime
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def runtime_of(request: Request) -> Runtime:
+    return cast(Runtime, request.app.state.runtime)
+
+
+def disconnects_of(request: Request) -> DisconnectWatcher:
+    return cast(DisconnectWatcher, request.app.state.disconnects)
+
+
+class KeyedRoute(APIRoute):
+    """Calls its endpoint with the request and the path's parameters, once the caller's key is right.
+
+    FastAPI's own handler solves dependencies and reads the body anew for every request, which for one short text takes
+    as long as all the rest of serving it. The endpoint's signature still makes the reference at /docs.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handle(request: Request) -> Response:
+            check_key(request)
+            return cast(Response, await self.endpoint(request, **request.path_params))
+
+        return handle
+
+
+def check_key(request: Request) -> None:
+    """Open where no key is set. Raises `AuthenticationFailed`."""
+    expected = runtime_of(request).settings.api_key
+    if expected is None:
+        return
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    if not secrets.compare_digest(given.encode(), expected.get_secret_value().encode()):
+        raise AuthenticationFailed("the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
+
+
+async def read_json(request: Request, schema: type[Body]) -> Body:
+    """The validated body. Refuses new work while the server drains, other media types, and bodies over the limit."""
+    runtime = runtime_of(request)
+    if runtime.draining:
+        raise Unavailable("the server is shutting down", code="shutting_down")
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise NotJson(f"send JSON, with the header Content-Type: application/json (it was {media_type!r})")
+    body = await _read_body(request, runtime.settings.max_request_bytes)
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        raise _invalid_body(error) from error
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_large(limit)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise _too_large(limit)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> BodyTooLarge:
+    # What is left of the body is not read: the connection has to go.
+    return BodyTooLarge(
+        f"the body is larger than {limit} bytes: send several smaller requests", headers={"Connection": "close"}
+    )
+
+
+def _invalid_body(error: ValidationError) -> InvalidRequest:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return InvalidRequest(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if not first["loc"]:
+        return InvalidRequest("the body must be a JSON object", code="invalid_json")
+    param = str(first["loc"][0])
+    if first["type"] == "missing":
+        return InvalidRequest(f"{param} is missing", param=param, code="missing_required_parameter")
+    return InvalidRequest(f"{param}: {first['msg']}", param=param, code="invalid_value")

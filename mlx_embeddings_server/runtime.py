@@ -1,0 +1,38 @@
+"""What an app holds while it runs: one object, so that routes and middleware need to know of nothing else."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlx_embeddings_server.metrics import Metrics
+from mlx_embeddings_server.models import Models
+from mlx_embeddings_server.service import EmbeddingService
+from mlx_embeddings_server.settings import Settings
+
+Status = Literal["ok", "starting", "draining", "unavailable"]
+
+
+@dataclass(slots=True)
+class Runtime:
+    """The parts of one app, and the little state that changes."""
+
+    settings: Settings
+    models: Models
+    metrics: Metrics
+    service: EmbeddingService
+    started_at: float = field(default_factory=time.monotonic)
+    draining: bool = False  # a signal came: no new work
+    in_flight: int = 0  # requests that are being answered
+
+    def status(self) -> Status:
+        """`unavailable` while any model's worker is not ready."""
+        if self.draining:
+            return "draining"
+        states = {model.engine.state for model in self.models}
+        if states <= {"ready"}:
+            return "ok"
+        return "starting" if states <= {"ready", "starting"} else "unavailable"
+
+    @property
+    def uptime_seconds(self) -> float:
+        return time.monotonic() - self.started_at

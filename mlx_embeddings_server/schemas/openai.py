@@ -1,0 +1,46 @@
+"""OpenAI's embeddings request, with this server's optional extensions (`extra_body` in the official client)."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+from mlx_embeddings_server.codec import EncodingFormat, OutputDType
+
+_ITEM_SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+_TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}}
+_INPUT_SCHEMA = {
+    "description": "A text, token ids, an item, or a list of them; none empty.",
+    "anyOf": [
+        {"type": "string"},
+        _TOKEN_IDS_SCHEMA,
+        _ITEM_SCHEMA,
+        {"type": "array", "items": {"anyOf": [{"type": "string"}, _TOKEN_IDS_SCHEMA, _ITEM_SCHEMA]}},
+    ],
+    "examples": ["The weather is lovely today."],
+}
+
+
+class EmbeddingsRequest(BaseModel):
+    """Unknown fields are ignored: clients send extras."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str = Field(description="A served id or alias.")
+    # Checked by inputs.parse, whose messages name the item: a union's errors would name every branch.
+    input: Annotated[Any, Field(json_schema_extra=_INPUT_SCHEMA)]
+    encoding_format: EncodingFormat | None = Field(None, description="float if absent.")
+    dimensions: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Keep so many leading dimensions; renormalised where the model normalises."
+    )
+    user: Any = Field(None, description="Accepted, not used.")
+    input_type: Literal["query", "document"] | None = Field(None, description="Picks the model's prompt.")
+    prompt: str | None = Field(None, description="Put before each text. Exclusive with input_type and prompt_name.")
+    prompt_name: str | None = Field(None, description="One of the checkpoint's prompts.")
+    truncate: StrictBool | Literal["none", "end", "start"] | None = Field(
+        None,
+        description="What to do with inputs that are too long: refuse (none, false), cut (end, true), cut (start).",
+    )
+    normalize: StrictBool | None = Field(None, description="L2-normalise; default: what the checkpoint does.")
+    output_dtype: OutputDType | None = Field(None, description="float if absent.")
+    token_pool_factor: Any = Field(None, description="For multi-vector models.")
+    pool: Any = Field(None, description="For multi-vector models.")

@@ -1,0 +1,81 @@
+"""Runs the app under uvicorn: the log, the signals, and the order of a clean end."""
+
+import ipaddress
+import logging
+import os
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+
+from mlx_embeddings_server.app import create_app
+from mlx_embeddings_server.logs import configure_logging
+from mlx_embeddings_server.runtime import Runtime
+from mlx_embeddings_server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# Seconds for what is left after draining: closing connections, stopping workers.
+_LAST_STEPS_TIMEOUT = 1
+
+
+def serve(settings: Settings) -> None:
+    """Load the models, then open the port; return after a signal. Raises `SettingsError` or `ModelError`."""
+    configure_logging(settings.log_format)
+    app = create_app(settings)
+    runtime: Runtime = app.state.runtime
+    runtime.models.load()
+    if settings.api_key is None and not _is_loopback(settings.host):
+        log.warning("anyone who reaches %s can use this server: set --api-key to ask for a key", settings.host)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=_LAST_STEPS_TIMEOUT,
+    )
+    DrainingServer(config, runtime).run()
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first signal: refuse new work, answer what is in flight, end. On the second: end."""
+
+    def __init__(self, config: uvicorn.Config, runtime: Runtime) -> None:
+        super().__init__(config)
+        self._runtime = runtime
+        self._deadline = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers if self.started else ():
+            for listening in server.sockets:
+                host, port, *_ = listening.getsockname()
+                log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._runtime.draining:
+            os._exit(128 + sig)
+        self._runtime.draining = True
+        self._deadline = time.monotonic() + self._runtime.settings.drain_timeout
+        log.info(
+            "signal %d: finishing %d requests in flight; a second signal ends at once", sig, self._runtime.in_flight
+        )
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._runtime.draining and not self.should_exit:
+            left = self._runtime.in_flight
+            if left and time.monotonic() >= self._deadline:
+                log.warning("%d requests were not finished within --drain-timeout", left)
+            self.should_exit = left == 0 or time.monotonic() >= self._deadline
+        return await super().on_tick(counter)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

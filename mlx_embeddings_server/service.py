@@ -1,0 +1,204 @@
+"""embed(): texts and what the caller wants of them to vectors, in the order of the inputs."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_embeddings_backends.base import Item, ModelInfo, Truncate
+from mlx_embeddings_backends.errors import EmptyInput, InputError, InputTooLong, InvalidTokenId
+from mlx_embeddings_server.engine.queue import QueueFull
+from mlx_embeddings_server.engine.worker import InferenceFailed, NonFiniteVector, WorkerLost
+from mlx_embeddings_server.errors import InternalError, InvalidRequest, Overloaded, Unavailable
+from mlx_embeddings_server.inputs.parse import Content
+from mlx_embeddings_server.inputs.token_encoding import TokenDecoder
+from mlx_embeddings_server.metrics import Metrics
+from mlx_embeddings_server.models import ServedModel
+from mlx_embeddings_server.settings import DimensionsPolicy
+
+# The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
+_ROLE_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+_LONGEST_RETRY_AFTER = 60
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """What the caller wants. None: the model's or the server's own default."""
+
+    input_type: Literal["query", "document"] | None = None
+    prompt: str | None = None
+    prompt_name: str | None = None
+    truncate: Truncate | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors in the order of the inputs, and the account of what they took."""
+
+    rows: NDArray[np.float32]  # [inputs, dimensions]
+    prompt_tokens: int
+    truncated: list[int]  # indexes of the inputs that were cut
+    provider: str
+    tokenize_seconds: float
+    queue_seconds: float
+    inference_seconds: float
+
+
+class EmbeddingService:
+    """Decides; routes translate. All errors that it raises are `ApiError`s."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        truncate: Truncate,
+        dimensions_policy: DimensionsPolicy,
+        token_decoder: TokenDecoder | None,
+    ) -> None:
+        self.dimensions_policy = dimensions_policy
+        self._metrics = metrics
+        self._truncate = truncate
+        self._token_decoder = token_decoder
+
+    async def embed(self, model: ServedModel, contents: Sequence[Content], options: EmbedOptions) -> Embeddings:
+        """Duplicates are computed once."""
+        info = model.info
+        self._check_dimensions(info, options.dimensions)
+        contents = await self._decode_token_ids(contents)
+        prompt = _prompt(info, options)
+        _check_prompt_of_token_ids(contents, prompt, options)
+        places: dict[Content, int] = {}
+        place_of = [places.setdefault(content, len(places)) for content in contents]
+        # Token ids carry no prompt: the model's default one is for texts.
+        items = [Item(content, prompt if isinstance(content, str) else "") for content in places]
+        try:
+            vectors = await model.provider.embed(items, options.truncate or self._truncate)
+        except InputError as error:
+            raise _invalid_input(error, [place_of.index(place) for place in range(len(items))]) from error
+        except QueueFull as error:
+            retry_after = min(max(1, round(error.retry_after)), _LONGEST_RETRY_AFTER)
+            raise Overloaded(
+                f"the server is full: {error}; try again in {retry_after} s", retry_after=retry_after
+            ) from error
+        except NonFiniteVector as error:
+            raise InternalError(
+                "the model gave a vector with NaN or infinity, which is not returned", code="non_finite_vector"
+            ) from error
+        except InferenceFailed as error:
+            raise InternalError(
+                "the model failed on an input; the server's log says why", code="inference_failed"
+            ) from error
+        except WorkerLost as error:
+            raise Unavailable(f"{error}: try again later", code="backend_lost") from error
+        rows = self._shape(info, vectors.rows, options)
+        if len(places) < len(contents):
+            rows = rows[place_of]
+        prompt_tokens = sum(vectors.tokens[place] for place in place_of)
+        self._metrics.prompt_tokens.labels(model.name).inc(prompt_tokens)
+        self._metrics.queue_seconds.labels(model.name).observe(vectors.queue_seconds)
+        return Embeddings(
+            rows=rows,
+            prompt_tokens=prompt_tokens,
+            truncated=[index for index, place in enumerate(place_of) if vectors.truncated[place]],
+            provider=model.provider.name,
+            tokenize_seconds=vectors.tokenize_seconds,
+            queue_seconds=vectors.queue_seconds,
+            inference_seconds=vectors.inference_seconds,
+        )
+
+    async def _decode_token_ids(self, contents: Sequence[Content]) -> Sequence[Content]:
+        decoder = self._token_decoder
+        if decoder is None or all(isinstance(content, str) for content in contents):
+            return contents
+
+        def decode() -> list[Content]:
+            return [
+                content if isinstance(content, str) else decoder.decode(content, f"input[{index}]")
+                for index, content in enumerate(contents)
+            ]
+
+        return await asyncio.to_thread(decode)
+
+    def _check_dimensions(self, info: ModelInfo, wanted: int | None) -> None:
+        if wanted is not None and wanted > info.dimensions and self.dimensions_policy == "reduce":
+            raise InvalidRequest(
+                f"dimensions is {wanted}, the model's vectors have {info.dimensions}",
+                param="dimensions",
+                code="invalid_value",
+            )
+
+    def _shape(self, info: ModelInfo, rows: NDArray[np.float32], options: EmbedOptions) -> NDArray[np.float32]:
+        """Slice or pad to the asked dimensions, then normalise."""
+        wanted = options.dimensions
+        if wanted is not None and self.dimensions_policy != "ignore":
+            rows = np.pad(rows[:, :wanted], ((0, 0), (0, max(0, wanted - rows.shape[1]))))
+        if info.normalize if options.normalize is None else options.normalize:
+            # torch.nn.functional.normalize's floor: a vector of zeros stays one.
+            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return rows
+
+
+def _prompt(info: ModelInfo, options: EmbedOptions) -> str:
+    """The text put before each input."""
+    asked = [name for name in ("input_type", "prompt", "prompt_name") if getattr(options, name) is not None]
+    if len(asked) > 1:
+        raise InvalidRequest(f"{' and '.join(asked)} exclude each other: send one of them", param=asked[1])
+    if options.prompt is not None:
+        return options.prompt
+    if options.prompt_name is not None:
+        if options.prompt_name not in info.prompts:
+            known = ", ".join(info.prompts) or "none"
+            raise InvalidRequest(
+                f"prompt_name {options.prompt_name!r} is not among the model's prompts: {known}",
+                param="prompt_name",
+                code="invalid_value",
+            )
+        return info.prompts[options.prompt_name]
+    if options.input_type is not None:
+        prompts = (info.prompts.get(name) for name in _ROLE_PROMPTS[options.input_type])
+        return next((prompt for prompt in prompts if prompt), "")
+    return info.prompts[info.default_prompt] if info.default_prompt else ""
+
+
+def _check_prompt_of_token_ids(contents: Sequence[Content], prompt: str, options: EmbedOptions) -> None:
+    asked = options.input_type or options.prompt or options.prompt_name
+    if prompt and asked and not all(isinstance(content, str) for content in contents):
+        raise InvalidRequest(
+            "a prompt cannot be put before token ids: send texts, or put the prompt's tokens into the ids",
+            param="input",
+        )
+
+
+def _invalid_input(error: InputError, index_of: Sequence[int]) -> InvalidRequest:
+    """`index_of` maps an item's place to the index of the first input that it came from."""
+    match error:
+        case InputTooLong():
+            details = [
+                {"index": index_of[place], "tokens": tokens, "max_tokens": error.max_tokens}
+                for place, tokens in error.lengths
+            ]
+            others = f" (and {len(details) - 1} more inputs are too long)" if len(details) > 1 else ""
+            return InvalidRequest(
+                f"input[{details[0]['index']}] has {details[0]['tokens']} tokens, the model takes {error.max_tokens}"
+                f'{others}: send shorter inputs, or "truncate": "end" to have them cut',
+                param="input",
+                code="input_too_long",
+                details=details,
+            )
+        case InvalidTokenId():
+            return InvalidRequest(
+                f"input[{index_of[error.index]}] has the token id {error.token_id}, and the model's own vocabulary has "
+                f"{error.vocabulary_size}: if a client sends another encoding's ids (LangChain sends cl100k_base), "
+                "start the server with --token-encoding, or have the client send texts",
+                param="input",
+                code="invalid_token_id",
+            )
+        case EmptyInput():
+            where = f"input[{index_of[error.index]}]"
+            return InvalidRequest(f"{where} gives no tokens: leave it out", param="input", code="empty_input")
+    raise error
