@@ -15,7 +15,7 @@ EncodingFormat = Literal["float", "base64"]
 def quantize(rows: NDArray[np.float32], dtype: OutputDType) -> NDArray[Any]:
     """Rows [n, dim] as `dtype`, each row by itself, so that a vector does not depend on its neighbours.
 
-    - int8: round(127 x / max|x|); uint8: that plus 128. The scale is the row's own: cosine survives, lengths do not.
+    - int8: round(x / max|x| * 127); uint8: that plus 128. The scale is the row's own: cosine survives, lengths do not.
     - ubinary: one bit a dimension, 1 where x > 0, packed with the first dimension highest, [n, ceil(dim / 8)];
       binary: the same bytes less 128, as int8 (sentence-transformers' and Cohere's convention).
     """
@@ -25,7 +25,7 @@ def quantize(rows: NDArray[np.float32], dtype: OutputDType) -> NDArray[Any]:
         packed = np.packbits(rows > 0, axis=1)
         return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
     largest = np.abs(rows).max(axis=1, keepdims=True)
-    scaled = np.rint(rows * (127.0 / np.where(largest > 0, largest, 1.0)))
+    scaled = np.rint(rows / np.where(largest > 0, largest, np.float32(1)) * 127)
     return scaled.astype(np.int8) if dtype == "int8" else (scaled + 128).astype(np.uint8)
 
 

@@ -14,6 +14,7 @@ from mlx_embeddings_server.runtime import Runtime
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("mlx_embeddings_server.access")
 
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -52,10 +53,11 @@ class RequestMiddleware:
             self._record(scope, status, time.perf_counter() - started, request_id)
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: bytes) -> None:
-        # The route's pattern, never the path: metrics must not grow with what callers type.
+        # The route's pattern, never the path, and known methods: metrics must not grow with what callers type.
         route = getattr(scope.get("route"), "path", "none")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
         metrics = self.runtime.metrics
-        metrics.requests.labels(route, scope["method"], str(status)).inc()
+        metrics.requests.labels(route, method, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)
         if self.runtime.settings.access_log:
             access_log.info(

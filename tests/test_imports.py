@@ -1,0 +1,36 @@
+"""What may not be imported where, shown by taking it away."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+BLOCK = """
+import importlib, pkgutil, sys
+
+sys.modules.update(dict.fromkeys({blocked!r}))  # importing what is None there fails
+package = importlib.import_module({package!r})
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if not module.name.endswith({without!r}):
+        importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "blocked", "without"),
+    [
+        # The server, whole, without any tensor library. asgi makes an app as it is imported, and that wants a model.
+        ("mlx_embeddings_server", ["torch", "mlx", "transformers", "sentence_transformers"], (".asgi",)),
+        # The models without the web framework.
+        (
+            "mlx_embeddings_backends",
+            ["fastapi", "starlette", "uvicorn", "pydantic", "mlx", "mlx_embeddings_server"],
+            (),
+        ),
+    ],
+)
+def test_imports_without(package: str, blocked: Sequence[str], without: tuple[str, ...]) -> None:
+    script = BLOCK.format(package=package, blocked=blocked, without=without or ("\0",))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
