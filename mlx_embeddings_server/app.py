@@ -7,9 +7,10 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from mlx_embeddings_server import __version__
-from mlx_embeddings_server.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, openai_body
+from mlx_embeddings_server.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, openai_body, quoted
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder, is_known_encoding, known_encodings
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.middleware import RequestMiddleware
@@ -19,6 +20,9 @@ from mlx_embeddings_server.routes.disconnects import ClientGone, DisconnectWatch
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.service import EmbeddingService
 from mlx_embeddings_server.settings import Settings, SettingsError
+
+# Seconds for the batches that run to end: Python aborts when it exits under a thread that is in native code.
+_LAST_BATCH_TIMEOUT = 2
 
 
 def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
@@ -45,7 +49,7 @@ def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
         yield
         runtime.draining = True
         watching.cancel()
-        runtime.models.close()
+        await asyncio.to_thread(runtime.models.close, _LAST_BATCH_TIMEOUT)
 
     app = FastAPI(
         title="mlx-embeddings-server",
@@ -61,6 +65,7 @@ def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGone, _answer_nobody)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)  # it left before its body was here
     app.include_router(openai.router)
     app.include_router(health.router)
     return app
@@ -82,7 +87,7 @@ async def _answer_api_error(request: Request, error: Exception) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """What the router refuses by itself: no such path, no such method."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {quoted(request.url.path)}: {error.detail}"
     match error.status_code:
         case 404:
             answer: ApiError = NotFound(f"{message}; GET / lists the endpoints", code="unknown_url")

@@ -83,6 +83,11 @@ class Unavailable(ApiError):
     code = "unavailable"
 
 
+def quoted(text: str) -> str:
+    """What a caller sent, for a message: no longer than a line."""
+    return repr(text if len(text) <= 100 else text[:100] + "...")
+
+
 def openai_body(error: ApiError) -> dict[str, Any]:
     """OpenAI's shape; `details` only where there are some."""
     body: dict[str, Any] = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}

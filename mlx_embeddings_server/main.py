@@ -1,7 +1,6 @@
 """The launcher: flags -> Settings -> uvicorn."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -36,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         serve(settings)
     except (SettingsError, ModelError) as error:
-        logging.getLogger(__name__).debug("could not start", exc_info=error)
         _exit(str(error))
+    except KeyboardInterrupt:  # while the model was loading: later it is a signal that the server handles
+        sys.exit(130)
 
 
 def _exit(message: str) -> NoReturn:
@@ -55,27 +55,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     for name, field in Settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = (field.description or "").replace("%", "%%")
+        if field.annotation is bool:
+            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=f"{text} (default: no)")
+            continue
         several = isinstance(field.default, tuple)
-        shown = "" if field.default is None or several else f" (default: {_shown(field.default)})"
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=name,
-            action="append" if several else "store",
-            metavar=_metavar(field.annotation),
-            help=f"{field.description}{shown}".replace("%", "%%"),
-        )
+        shown = "" if field.default is None or several else f" (default: {field.default})"
+        action, metavar = "append" if several else "store", _metavar(field.annotation)
+        parser.add_argument(flag, dest=name, action=action, metavar=metavar, help=text + shown)
     return parser
-
-
-def _shown(default: Any) -> str:
-    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _metavar(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", ())
     if choices and all(isinstance(choice, str) for choice in choices):
         return "{" + ",".join(choices) + "}"
-    names = {int: "N", float: "SECONDS", bool: "BOOL"}
+    names = {int: "N", float: "SECONDS"}
     return next((names[kind] for kind in (annotation, *choices) if kind in names), "VALUE")
 
 

@@ -12,7 +12,7 @@ from mlx_embeddings_backends.base import Backend, LoadOptions, ModelInfo
 from mlx_embeddings_backends.errors import ModelError
 from mlx_embeddings_backends.hub import Snapshot
 from mlx_embeddings_server.engine.engine import Engine
-from mlx_embeddings_server.errors import NotFound
+from mlx_embeddings_server.errors import NotFound, quoted
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.providers.local import LocalProvider
 from mlx_embeddings_server.settings import Settings
@@ -57,6 +57,7 @@ class Models:
                 "give one name for each model, in the same order, or none"
             )
         self._by_name: dict[str, ServedModel] = {}
+        self._aliases: dict[str, str] = {}
         self._loaded = False
         options = LoadOptions(settings.device, settings.dtype)
         for place, model in enumerate(settings.model):
@@ -72,6 +73,8 @@ class Models:
                 batch_tokens=settings.max_batch_tokens,
                 observe=partial(metrics.observe_batch, name),
             )
+            if not names and snapshot.source != "local":  # a short form of the id, such as all-MiniLM-L6-v2
+                self._aliases[model] = name
             self._by_name[name] = ServedModel(name, snapshot, choice, LocalProvider(engine))
             metrics.watch_queue(name, engine.queue)
 
@@ -106,16 +109,26 @@ class Models:
     def get(self, name: str) -> ServedModel:
         """By served name. Raises `NotFound` with what there is."""
         try:
-            return self._by_name[name]
+            return self._by_name[self._aliases.get(name, name)]
         except KeyError:
             served = ", ".join(self._by_name)
             raise NotFound(
-                f"the model {name!r} is not served here; served: {served}", param="model", code="model_not_found"
+                f"the model {quoted(name)} is not served here; served: {served}", param="model", code="model_not_found"
             ) from None
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._by_name.values())
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Fail every request that is not answered yet; the workers end after the batch that runs."""
+        for model in self:
+            model.engine.stop()
+
+    def close(self, timeout: float = 0) -> bool:
+        """Stop, and wait for the workers. False: one still runs a batch."""
+        self.stop()
         for model in self:
             model.provider.close()
+        gc.unfreeze()  # else what the libraries made would never be freed, and nanobind prints a page of leaks
+        deadline = time.monotonic() + timeout
+        return all([model.engine.join(max(0.0, deadline - time.monotonic())) for model in self])

@@ -11,6 +11,7 @@ import uvicorn
 
 from mlx_embeddings_server.app import create_app
 from mlx_embeddings_server.logs import configure_logging
+from mlx_embeddings_server.models import Load, load_backend
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.settings import Settings
 
@@ -20,10 +21,10 @@ log = logging.getLogger(__name__)
 _LAST_STEPS_TIMEOUT = 1
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, *, load: Load = load_backend) -> None:
     """Load the models, then open the port; return after a signal. Raises `SettingsError` or `ModelError`."""
     configure_logging(settings.log_format)
-    app = create_app(settings)
+    app = create_app(settings, load=load)
     runtime: Runtime = app.state.runtime
     runtime.models.load()
     if settings.api_key is None and not _is_loopback(settings.host):
@@ -39,6 +40,8 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=_LAST_STEPS_TIMEOUT,
     )
     DrainingServer(config, runtime).run()
+    if not runtime.models.close():
+        os._exit(0)  # a batch still runs, for nobody: Python would abort when it exits under a thread in native code
 
 
 class DrainingServer(uvicorn.Server):
@@ -70,6 +73,7 @@ class DrainingServer(uvicorn.Server):
             left = self._runtime.in_flight
             if left and time.monotonic() >= self._deadline:
                 log.warning("%d requests were not finished within --drain-timeout", left)
+                self._runtime.models.stop()  # answers them with 503
             self.should_exit = left == 0 or time.monotonic() >= self._deadline
         return await super().on_tick(counter)
 

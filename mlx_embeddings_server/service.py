@@ -1,7 +1,9 @@
 """embed(): texts and what the caller wants of them to vectors, in the order of the inputs."""
 
 import asyncio
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +14,7 @@ from mlx_embeddings_backends.base import Item, ModelInfo, Truncate
 from mlx_embeddings_backends.errors import EmptyInput, InputError, InputTooLong, InvalidTokenId
 from mlx_embeddings_server.engine.queue import QueueFull
 from mlx_embeddings_server.engine.worker import InferenceFailed, NonFiniteVector, WorkerLost
-from mlx_embeddings_server.errors import InternalError, InvalidRequest, Overloaded, Unavailable
+from mlx_embeddings_server.errors import InternalError, InvalidRequest, Overloaded, Unavailable, quoted
 from mlx_embeddings_server.inputs.parse import Content
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder
 from mlx_embeddings_server.metrics import Metrics
@@ -21,7 +23,8 @@ from mlx_embeddings_server.settings import DimensionsPolicy
 
 # The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
 _ROLE_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
-_LONGEST_RETRY_AFTER = 60
+_LONGEST_RETRY_AFTER = 60  # seconds
+_MOST_DIMENSIONS = 65_536  # that vectors are filled up to: what a caller asks for takes memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +79,8 @@ class EmbeddingService:
         place_of = [places.setdefault(content, len(places)) for content in contents]
         # Token ids carry no prompt: the model's default one is for texts.
         items = [Item(content, prompt if isinstance(content, str) else "") for content in places]
-        try:
+        with _api_errors(place_of):
             vectors = await model.provider.embed(items, options.truncate or self._truncate)
-        except InputError as error:
-            raise _invalid_input(error, [place_of.index(place) for place in range(len(items))]) from error
-        except QueueFull as error:
-            retry_after = min(max(1, round(error.retry_after)), _LONGEST_RETRY_AFTER)
-            raise Overloaded(
-                f"the server is full: {error}; try again in {retry_after} s", retry_after=retry_after
-            ) from error
-        except NonFiniteVector as error:
-            raise InternalError(
-                "the model gave a vector with NaN or infinity, which is not returned", code="non_finite_vector"
-            ) from error
-        except InferenceFailed as error:
-            raise InternalError(
-                "the model failed on an input; the server's log says why", code="inference_failed"
-            ) from error
-        except WorkerLost as error:
-            raise Unavailable(f"{error}: try again later", code="backend_lost") from error
         rows = self._shape(info, vectors.rows, options)
         if len(places) < len(contents):
             rows = rows[place_of]
@@ -125,9 +111,10 @@ class EmbeddingService:
         return await asyncio.to_thread(decode)
 
     def _check_dimensions(self, info: ModelInfo, wanted: int | None) -> None:
-        if wanted is not None and wanted > info.dimensions and self.dimensions_policy == "reduce":
+        most = {"reduce": info.dimensions, "pad": _MOST_DIMENSIONS}.get(self.dimensions_policy)
+        if wanted is not None and most is not None and wanted > most:
             raise InvalidRequest(
-                f"dimensions is {wanted}, the model's vectors have {info.dimensions}",
+                f"dimensions is {wanted}, the most is {most} (the model's vectors have {info.dimensions})",
                 param="dimensions",
                 code="invalid_value",
             )
@@ -147,14 +134,16 @@ def _prompt(info: ModelInfo, options: EmbedOptions) -> str:
     """The text put before each input."""
     asked = [name for name in ("input_type", "prompt", "prompt_name") if getattr(options, name) is not None]
     if len(asked) > 1:
-        raise InvalidRequest(f"{' and '.join(asked)} exclude each other: send one of them", param=asked[1])
+        raise InvalidRequest(
+            f"{' and '.join(asked)} exclude each other: send one of them", param=asked[1], code="invalid_value"
+        )
     if options.prompt is not None:
         return options.prompt
     if options.prompt_name is not None:
         if options.prompt_name not in info.prompts:
             known = ", ".join(info.prompts) or "none"
             raise InvalidRequest(
-                f"prompt_name {options.prompt_name!r} is not among the model's prompts: {known}",
+                f"prompt_name {quoted(options.prompt_name)} is not among the model's prompts: {known}",
                 param="prompt_name",
                 code="invalid_value",
             )
@@ -171,34 +160,68 @@ def _check_prompt_of_token_ids(contents: Sequence[Content], prompt: str, options
         raise InvalidRequest(
             "a prompt cannot be put before token ids: send texts, or put the prompt's tokens into the ids",
             param="input",
+            code="invalid_value",
         )
 
 
-def _invalid_input(error: InputError, index_of: Sequence[int]) -> InvalidRequest:
-    """`index_of` maps an item's place to the index of the first input that it came from."""
+@contextmanager
+def _api_errors(place_of: Sequence[int]) -> Iterator[None]:
+    """What a caller is told of what went wrong below. `place_of` has, for each input, the place of its item."""
+    try:
+        yield
+    except InputError as error:
+        indexes: defaultdict[int, list[int]] = defaultdict(list)
+        for index, place in enumerate(place_of):
+            indexes[place].append(index)
+        raise _invalid_input(error, indexes) from error
+    except QueueFull as error:
+        retry_after = min(max(1, round(error.retry_after)), _LONGEST_RETRY_AFTER)
+        message = f"the server is full: {error}; try again in {retry_after} s"
+        raise Overloaded(message, retry_after=retry_after) from error
+    except NonFiniteVector as error:
+        message = "the model gave a vector with NaN or infinity, which is not returned"
+        raise InternalError(message, code="non_finite_vector") from error
+    except InferenceFailed as error:
+        message = "the model failed on an input; the server's log says why"
+        raise InternalError(message, code="inference_failed") from error
+    except WorkerLost as error:
+        raise Unavailable(f"{error}: try again later", code="backend_lost") from error
+
+
+def _invalid_input(error: InputError, indexes: Mapping[int, Sequence[int]]) -> InvalidRequest:
+    """`indexes` has, for an item's place, the inputs that it came from."""
     match error:
         case InputTooLong():
-            details = [
-                {"index": index_of[place], "tokens": tokens, "max_tokens": error.max_tokens}
-                for place, tokens in error.lengths
-            ]
+            details = sorted(
+                (
+                    {"index": index, "tokens": tokens, "max_tokens": error.max_tokens}
+                    for place, tokens in error.lengths
+                    for index in indexes[place]
+                ),
+                key=lambda detail: detail["index"],
+            )
             others = f" (and {len(details) - 1} more inputs are too long)" if len(details) > 1 else ""
+            remedy = (
+                "the prompt leaves no room for a text: send a shorter one"
+                if error.prompt_fills
+                else 'send shorter inputs, or "truncate": "end" to have them cut'
+            )
             return InvalidRequest(
                 f"input[{details[0]['index']}] has {details[0]['tokens']} tokens, the model takes {error.max_tokens}"
-                f'{others}: send shorter inputs, or "truncate": "end" to have them cut',
+                f"{others}: {remedy}",
                 param="input",
                 code="input_too_long",
                 details=details,
             )
         case InvalidTokenId():
             return InvalidRequest(
-                f"input[{index_of[error.index]}] has the token id {error.token_id}, and the model's own vocabulary has "
-                f"{error.vocabulary_size}: if a client sends another encoding's ids (LangChain sends cl100k_base), "
+                f"input[{indexes[error.index][0]}] has the token id {error.token_id}, and the model's own vocabulary "
+                f"has {error.vocabulary_size}: if a client sends another encoding's ids (LangChain sends cl100k_base), "
                 "start the server with --token-encoding, or have the client send texts",
                 param="input",
                 code="invalid_token_id",
             )
         case EmptyInput():
-            where = f"input[{index_of[error.index]}]"
+            where = f"input[{indexes[error.index][0]}]"
             return InvalidRequest(f"{where} gives no tokens: leave it out", param="input", code="empty_input")
     raise error

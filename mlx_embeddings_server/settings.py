@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         "other users of the machine can read flags"
     )  # fmt: skip
     log_format: Literal["text", "json"] = Field("text", description="of the log, on stderr")
-    access_log: bool = Field(False, description="log every request (true or false)")
+    access_log: bool = Field(False, description="log every request")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that requests in flight have to finish after SIGTERM")
 
     @field_validator("model", "served_model_name", mode="before")
@@ -112,8 +112,8 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
     """Flags that were given, then the environment, then the YAML file. Raises `SettingsError`."""
     flags = dict(flags or {})
     config = flags.get("config") or os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
-    if config and not Path(config).is_file():
-        raise SettingsError(f"{_names('config')}: there is no file {config}")
+    if config:
+        _check_file(config)
 
     class FromFile(Settings):
         model_config = SettingsConfigDict(yaml_file=config)
@@ -124,8 +124,20 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
         raise SettingsError(
             "\n".join(_explain(each["loc"], each["msg"], each["type"]) for each in error.errors())
         ) from error
+
+
+def _check_file(config: str) -> None:
+    """A mapping of names: pydantic-settings itself shows a traceback for anything else."""
+    try:
+        content = yaml.safe_load(Path(config).read_text())
+    except FileNotFoundError:
+        raise SettingsError(f"{_names('config')}: there is no file {config}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{_names('config')}: {config} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{_names('config')}: {config} is not YAML: {error}") from error
+    if content is not None and not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):
+        raise SettingsError(f"{_names('config')}: {config} must hold settings, one `key: value` a line")
 
 
 def _explain(location: tuple[int | str, ...], message: str, kind: str) -> str:

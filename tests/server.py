@@ -37,7 +37,10 @@ class Server:
         while not (match := re.search(r"(?:listening|running) on (http://[^\s\"]+)", self.log)):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
-                raise RuntimeError(f"the server did not start:\n{self.log}")
+                self.process.wait()
+                said = self.log
+                self._log.close()
+                raise RuntimeError(f"the server did not start:\n{said}")
             time.sleep(0.05)
         self.url = match[1]
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)

@@ -76,3 +76,8 @@ class Backend(ABC):
 
         Raises `DeviceLost` when the device can compute no more.
         """
+
+    def warm_up(self) -> None:
+        """Do now what would make the first requests slow. Called once, on the worker's thread."""
+        for count, words in ((1, 8), (8, 64)):
+            self.run(self.collate(self.prepare([Item("warm " * words)] * count, truncate="end")))

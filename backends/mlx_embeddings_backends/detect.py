@@ -74,7 +74,7 @@ def _check_module(folder: Path, module: dict[str, Any]) -> None:
     if not kind.startswith("sentence_transformers.") or _class_name(module) not in MODULES:
         raise UnsupportedModel(f"modules.json names {kind!r}; known modules: {', '.join(MODULES)}")
     if _class_name(module) == "Dense":
-        activation = _read_json(_inside(folder, module) / "config.json").get("activation_function", "torch.nn.Tanh")
+        activation = _read_object(_inside(folder, module) / "config.json").get("activation_function", "torch.nn.Tanh")
         # sentence-transformers would put Tanh in its place: other vectors, without an error.
         if not str(activation).startswith("torch.nn."):
             raise UnsupportedModel(f"a Dense module has the activation {activation!r}, which is not one of torch.nn")
@@ -92,9 +92,9 @@ def _class_name(module: dict[str, Any]) -> str:
 
 
 def _architecture(config_file: Path) -> str:
-    config = _read_json(config_file)
-    model_type = config.get("model_type")
-    architectures = [str(name) for name in config.get("architectures") or []]
+    config = _read_object(config_file)
+    model_type, listed = config.get("model_type"), config.get("architectures")
+    architectures = [str(name) for name in listed] if isinstance(listed, list) else []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         raise UnsupportedModel(
             f"{architectures[0]} scores pairs of texts (a reranker or classifier): it has no embeddings"
@@ -103,6 +103,13 @@ def _architecture(config_file: Path) -> str:
         own_code = " It brings its own code, which this server never runs." if config.get("auto_map") else ""
         raise UnsupportedModel(f"unknown architecture {model_type!r}.{own_code} Known: {', '.join(TEXT_ENCODERS)}")
     return str(model_type)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    content = _read_json(file)
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{file.name} is not a JSON object")
+    return content
 
 
 def _read_json(file: Path) -> Any:

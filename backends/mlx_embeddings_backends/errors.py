@@ -24,15 +24,17 @@ class InputError(Exception):
 
 
 class InputTooLong(InputError):
-    """Items longer than the model takes, where cutting them was not asked for.
+    """Items longer than the model takes, where cutting them was not asked for, or would leave none of the text.
 
-    `lengths` holds (index, tokens) for each such item; `max_tokens` is the model's limit.
+    `lengths` holds (index, tokens) for each such item; `max_tokens` is the model's limit; `prompt_fills` says that the
+    prompt and the special tokens alone reach it.
     """
 
-    def __init__(self, lengths: Sequence[tuple[int, int]], max_tokens: int) -> None:
+    def __init__(self, lengths: Sequence[tuple[int, int]], max_tokens: int, *, prompt_fills: bool = False) -> None:
         super().__init__(f"{len(lengths)} inputs exceed {max_tokens} tokens")
         self.lengths = list(lengths)
         self.max_tokens = max_tokens
+        self.prompt_fills = prompt_fills
 
 
 class InvalidTokenId(InputError):

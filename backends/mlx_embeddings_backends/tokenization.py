@@ -51,10 +51,13 @@ class TextTokenizer:
         too_long = [(index, len(each)) for index, each in enumerate(ids) if len(each) > self.max_tokens]
         if too_long and truncate == "none":
             raise InputTooLong(too_long, self.max_tokens)
-        for index, length in too_long:
-            ids[index] = self._cut(items[index], ids[index], index, length, truncate)
-        cut = {index for index, _ in too_long}
-        return [Tokens(np.array(each, dtype=np.int64), index in cut) for index, each in enumerate(ids)]
+        cut = {index: self._cut(items[index], ids[index], truncate) for index, _ in too_long}
+        if hopeless := [(index, length) for index, length in too_long if not cut[index]]:
+            raise InputTooLong(hopeless, self.max_tokens, prompt_fills=True)
+        return [
+            Tokens(np.array(cut.get(index, each), dtype=np.int64), truncated=index in cut)
+            for index, each in enumerate(ids)
+        ]
 
     def count_before_end(self, prompt: str) -> int:
         """Tokens of a prompt on its own, with the special tokens before it and without those after it."""
@@ -67,9 +70,12 @@ class TextTokenizer:
                 raise InvalidTokenId(index, token_id, self.vocabulary_size)
         return list(ids)
 
-    def _cut(self, item: Item, ids: list[int], index: int, length: int, truncate: Truncate) -> list[int]:
-        """Cut the content to fit; the special tokens around it stay, and so does the prompt before it."""
-        prompt_tokens = 0
+    def _cut(self, item: Item, ids: list[int], truncate: Truncate) -> list[int]:
+        """Cut the content to fit; the special tokens around it stay, and so does the prompt before it.
+
+        Empty where these leave no room for content.
+        """
+        length, prompt_tokens = len(ids), 0
         if isinstance(item.content, str):
             encoding = self._tokenizer.encode(item.prompt + item.content)
             before, after = _special_token_counts(encoding.special_tokens_mask)
@@ -78,14 +84,11 @@ class TextTokenizer:
         else:
             before = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
             after = len(self._suffix) if ids[length - len(self._suffix) :] == self._suffix else 0
-        head, content, tail = (
-            ids[: before + prompt_tokens],
-            ids[before + prompt_tokens : length - after],
-            ids[length - after :],
-        )
+        start, end = before + prompt_tokens, length - after
+        head, content, tail = ids[:start], ids[start:end], ids[end:]
         room = self.max_tokens - len(head) - len(tail)
         if room <= 0:
-            raise InputTooLong([(index, length)], self.max_tokens)
+            return []
         return head + (content[:room] if truncate == "end" else content[-room:]) + tail
 
 

@@ -97,4 +97,9 @@ class Engine:
         return Rows(vectors, ticket.queue_seconds, ticket.inference_seconds)
 
     def stop(self) -> None:
+        """Fail every request that is not answered yet; the worker ends after the batch that runs."""
         self._worker.stop()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the worker's end after `stop`. False: it still runs a batch."""
+        return self._worker.join(timeout)

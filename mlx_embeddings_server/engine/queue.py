@@ -55,6 +55,12 @@ class Job:
     admitted_at: float
     suspect: bool = False  # was in a batch that took the worker down: runs alone, and not a third time
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether its request waits for it still: no row yet, no error, and a client that is there."""
+        ticket = self.ticket
+        return ticket.rows[self.index] is None and ticket.error is None and not ticket.future.done()
+
 
 @dataclass(slots=True)
 class Pace:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_embeddings_backends.base import Backend, Item
+from mlx_embeddings_backends.base import Backend
 from mlx_embeddings_backends.errors import DeviceLost, ModelError
 from mlx_embeddings_server.engine.handover import Handover
 from mlx_embeddings_server.engine.queue import Job, Queue, Ticket
@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "restarting", "dead", "stopped"]
 
-# Restarts in a row, with no batch done between them, before the worker gives up; and the pause before each.
+# A worker gives up when so many loads in a row have failed; these are the seconds before each. One that succeeds starts
+# the count anew: what kills the worker after that is an input, and no input does so more than twice.
 RESTART_PAUSES = (0.0, 1.0, 5.0, 15.0)
 
 
@@ -72,7 +73,7 @@ class Worker:
         self._handover = Handover(queue)
         self._observe = observe
         self._ahead: _Ahead | None = None
-        self._collating = False
+        self._collating: list[Job] = []
         self._running: list[Job] = []
         self._stopping = False
         self._failed_in_a_row = 0
@@ -99,11 +100,20 @@ class Worker:
         return self.backend
 
     def stop(self) -> None:
-        """End after the batch that runs. What still waits is failed."""
+        """End after the batch that runs. Every request that is not answered yet is failed, at once."""
         with self._queue.lock:
             self._stopping = True
             self._queue.arrived.notify_all()
             self._queue.filled.notify_all()
+        self._fail_everything(WorkerLost("the server is shutting down"))
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the threads' end after `stop`. False: the batch that runs takes longer."""
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     # The worker's thread
 
@@ -125,17 +135,20 @@ class Worker:
 
     def _load_and_warm(self) -> None:
         backend = self._load()
-        for count, words in ((1, 8), (8, 64)):
-            backend.run(backend.collate(backend.prepare([Item("warm " * words)] * count, truncate="end")))
+        backend.warm_up()
         self.backend = backend
+        self._failed_in_a_row = 0
         self.state, self.reason = "ready", None
 
     def _rise_again(self, error: BaseException) -> bool:
         """Put the batch that ran back in the queue and say whether to load again."""
         ran, self._running = self._running, []
-        lost = [job for job in ran if job.suspect]
-        self._answer({job.ticket for job in lost}, WorkerLost("the worker died twice under this input"))
-        self._queue.put_back([job for job in ran if not job.suspect])
+        # A failing batch is run in parts: some of its requests may be done.
+        self._handover.settle({job.ticket for job in ran if job.ticket.left == 0 or job.ticket.error is not None})
+        unfinished = [job for job in ran if job.is_wanted]
+        lost = {job.ticket for job in unfinished if job.suspect}
+        self._answer(lost, WorkerLost("the worker died twice under this input"))
+        self._queue.put_back([job for job in unfinished if not job.suspect])
         self._failed_in_a_row += 1
         self.reason = f"{type(error).__name__}: {error}"
         log.error("the worker died, attempt %d to restart it", self._failed_in_a_row, exc_info=error)
@@ -156,7 +169,6 @@ class Worker:
             done = self._run(backend, batch.jobs, batch.collated)
             seconds = time.perf_counter() - started
             self._running = []
-            self._failed_in_a_row = 0
             self._record(batch.jobs, seconds)
             self._handover.settle(done)
             if done and not self._has_work():
@@ -165,7 +177,7 @@ class Worker:
     def _has_work(self) -> bool:
         """Whether the next batch would be a full one."""
         with self._queue.lock:
-            return self._ahead is not None or self._collating or self._queue.has_full_batch()
+            return self._ahead is not None or bool(self._collating) or self._queue.has_full_batch()
 
     def _next(self) -> _Ahead | None:
         """The batch made ready, else one formed now; blocks while nothing waits. None: stop."""
@@ -219,6 +231,7 @@ class Worker:
     def _fail_everything(self, error: BaseException) -> None:
         jobs = self._queue.take_all()
         with self._queue.lock:
+            jobs += self._running + self._collating
             if self._ahead is not None:
                 jobs += self._ahead.jobs
                 self._ahead = None
@@ -238,14 +251,13 @@ class Worker:
                     return
                 if backend is None:  # lost a moment ago
                     continue
-                jobs = queue.take()
-                self._collating = True
+                jobs = self._collating = queue.take()
             try:
                 collated = backend.collate([job.prepared for job in jobs])
-            except Exception:  # the worker meets the same error, and splits the batch
+            except BaseException:  # the worker meets the same error, and splits the batch or starts over
                 collated = None
             with queue.lock:
-                self._ahead, self._collating = _Ahead(jobs, collated), False
+                self._ahead, self._collating = _Ahead(jobs, collated), []
                 queue.arrived.notify()
 
     def _can_prepare_ahead(self) -> bool:

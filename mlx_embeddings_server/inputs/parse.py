@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_embeddings_server.errors import InvalidRequest
+from mlx_embeddings_server.errors import InvalidRequest, quoted
 
 Content = str | tuple[int, ...]
 
@@ -64,7 +64,7 @@ def _item(value: dict[str, Any], where: str, modalities: Sequence[str]) -> str:
             f'{where} is a paper, and this model takes plain texts: send {{"text": ...}}', "unsupported_modality"
         )
     if set(value) != {"text"}:
-        raise _invalid(f'{where} must be {{"text": ...}}, it has the keys {sorted(value)}', "invalid_type")
+        raise _invalid(f'{where} must be {{"text": ...}}, it has the keys {quoted(", ".join(value))}', "invalid_type")
     return _text(value["text"], f"{where}.text")
 
 

@@ -13,6 +13,7 @@ router = APIRouter(tags=["Service"])
 _ENDPOINTS = ("/v1/embeddings", "/v1/models", "/health", "/livez", "/readyz", "/metrics", "/docs")
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/")
 async def index(request: Request) -> JSONResponse:
     """What is served here."""
@@ -28,6 +29,7 @@ async def index(request: Request) -> JSONResponse:
     )
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> JSONResponse:
     """200 when every model can answer; 503 with the reason while one cannot, and while the server shuts down."""
@@ -52,6 +54,7 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def ready(request: Request) -> Response:
     """200 when the server takes work."""
@@ -59,6 +62,7 @@ async def ready(request: Request) -> Response:
     return Response(status, status_code=200 if status == "ok" else 503, media_type="text/plain")
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def live(request: Request) -> Response:
     """503 only when a worker is dead and will not come back by itself: the process should be restarted."""
@@ -66,6 +70,7 @@ async def live(request: Request) -> Response:
     return Response("dead" if dead else "ok", status_code=503 if dead else 200, media_type="text/plain")
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""

@@ -68,7 +68,9 @@ async def get_model(request: Request, name: str) -> JSONResponse:
 def _options(body: EmbeddingsRequest) -> EmbedOptions:
     for field in ("token_pool_factor", "pool"):
         if getattr(body, field) is not None:
-            raise InvalidRequest(f"{field} is for multi-vector models, which this one is not", param=field)
+            raise InvalidRequest(
+                f"{field} is for multi-vector models, which this one is not", param=field, code="invalid_value"
+            )
     truncate: Truncate | None
     match body.truncate:
         case bool():

@@ -8,7 +8,14 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from mlx_embeddings_server.errors import AuthenticationFailed, BodyTooLarge, InvalidRequest, NotJson, Unavailable
+from mlx_embeddings_server.errors import (
+    AuthenticationFailed,
+    BodyTooLarge,
+    InvalidRequest,
+    NotJson,
+    Unavailable,
+    quoted,
+)
 from mlx_embeddings_server.routes.disconnects import DisconnectWatcher
 from mlx_embeddings_server.runtime import Runtime
 
@@ -46,7 +53,10 @@ def check_key(request: Request) -> None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     if not secrets.compare_digest(given.encode(), expected.get_secret_value().encode()):
-        raise AuthenticationFailed("the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
+        raise AuthenticationFailed(
+            "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
 
 
 async def read_json(request: Request, schema: type[Body]) -> Body:
@@ -56,7 +66,7 @@ async def read_json(request: Request, schema: type[Body]) -> Body:
         raise Unavailable("the server is shutting down", code="shutting_down")
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        raise NotJson(f"send JSON, with the header Content-Type: application/json (it was {media_type!r})")
+        raise NotJson(f"send JSON, with the header Content-Type: application/json (it was {quoted(media_type)})")
     body = await _read_body(request, runtime.settings.max_request_bytes)
     try:
         return schema.model_validate_json(body)
@@ -92,4 +102,6 @@ def _invalid_body(error: ValidationError) -> InvalidRequest:
     param = str(first["loc"][0])
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is missing", param=param, code="missing_required_parameter")
-    return InvalidRequest(f"{param}: {first['msg']}", param=param, code="invalid_value")
+    # A field of several types has one error for each.
+    reasons = dict.fromkeys(each["msg"] for each in error.errors() if each["loc"][:1] == first["loc"][:1])
+    return InvalidRequest(f"{param}: {', or '.join(reasons)}", param=param, code="invalid_value")

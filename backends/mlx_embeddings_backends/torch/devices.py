@@ -1,5 +1,7 @@
 """Which device a model runs on, and in which precision its matrix products are taken."""
 
+import re
+
 import torch
 
 from mlx_embeddings_backends.base import DType
@@ -21,6 +23,8 @@ def choose_device(wanted: str) -> torch.device:
     """`auto` is cuda, else mps, else cpu. A device that is not here is a `ModelError`."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
+        raise ModelError(f"--device {wanted}: known are auto, cpu, cuda, cuda:N and mps")
     device = torch.device(wanted)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"--device {wanted}: torch finds no CUDA device here; use --device cpu or --device auto")

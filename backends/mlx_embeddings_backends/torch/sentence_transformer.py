@@ -1,5 +1,6 @@
 """Text encoders in sentence-transformers' format, and bare ones. Loading is that library's; the hot path is ours."""
 
+import pickle
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Truncate
-from mlx_embeddings_backends.errors import DeviceLost, UnsupportedModel
+from mlx_embeddings_backends.errors import DeviceLost, ModelError, UnsupportedModel
 from mlx_embeddings_backends.tokenization import TextTokenizer
 from mlx_embeddings_backends.torch.bert import BertEncoder, PackedTokens
 from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
@@ -37,19 +38,11 @@ class SentenceTransformerBackend(Backend):
     def __init__(self, folder: Path, options: LoadOptions) -> None:
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
-        # Weights come in float32 whatever the file holds; what is cast to `dtype` is cast below.
-        if not sys.stderr.isatty():
-            disable_progress_bar()  # type: ignore[no-untyped-call]
-        model = SentenceTransformer(
-            str(folder),
-            device="cpu",
-            local_files_only=True,
-            trust_remote_code=False,
-            model_kwargs={"dtype": torch.float32},
-        ).eval()
+        model = _load(folder)
         transformer, *rest = model.children()
         assert isinstance(transformer, Transformer)
         _check_text_only(transformer)
+        _check_weights(transformer)
         normalize = isinstance(rest[-1], Normalize) and rest[-1].module_input_name == "sentence_embedding"
         self._after: list[nn.Module] = [module.to(device) for module in (rest[:-1] if normalize else rest)]
         self._prompt_is_pooled = all(module.include_prompt for module in rest if isinstance(module, Pooling))
@@ -63,7 +56,6 @@ class SentenceTransformerBackend(Backend):
         self._tokenizer = TextTokenizer(
             tokenizer.backend_tokenizer, max_tokens=max_tokens, vocabulary_size=vocabulary_size
         )
-        self._prompt_tokens: dict[str, int] = {}
         self.info = ModelInfo(
             backend="torch",
             device=str(device),
@@ -79,18 +71,15 @@ class SentenceTransformerBackend(Backend):
 
     def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
         tokens = self._tokenizer.encode(items, truncate)
+        unpooled = {prompt: self._unpooled_tokens(prompt) for prompt in {item.prompt for item in items}}
         return [
-            Prepared(each.ids, tokens=len(each.ids), truncated=each.truncated, group=self._unpooled_tokens(item.prompt))
+            Prepared(each.ids, tokens=len(each.ids), truncated=each.truncated, group=unpooled[item.prompt])
             for item, each in zip(items, tokens, strict=True)
         ]
 
     def _unpooled_tokens(self, prompt: str) -> int:
         """Tokens at the start that pooling leaves out (INSTRUCTOR): the same for every item of a batch."""
-        if not prompt or self._prompt_is_pooled:
-            return 0
-        if prompt not in self._prompt_tokens:
-            self._prompt_tokens[prompt] = self._tokenizer.count_before_end(prompt)
-        return self._prompt_tokens[prompt]
+        return 0 if not prompt or self._prompt_is_pooled else self._tokenizer.count_before_end(prompt)
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
         items: list[NDArray[np.int64]] = [prepared.payload for prepared in batch]
@@ -139,6 +128,24 @@ class SentenceTransformerBackend(Backend):
         return cast(NDArray[np.float32], rows.float().cpu().numpy())
 
 
+def _load(folder: Path) -> SentenceTransformer:
+    """On the CPU, in float32 whatever the files hold. Runs no code of theirs, and unpickles tensors only."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return SentenceTransformer(
+            str(folder),
+            device="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"dtype": torch.float32},
+        ).eval()
+    except pickle.UnpicklingError as error:
+        raise UnsupportedModel(
+            "the weights are a pickle with more than tensors in it, which could run any code: convert it to safetensors"
+        ) from error
+
+
 def _place_encoder(
     transformer: Transformer, device: torch.device, dtype: torch.dtype
 ) -> tuple[BertEncoder | None, nn.Module | None]:
@@ -163,6 +170,18 @@ def _check_text_only(transformer: Transformer) -> None:
         )
     if not getattr(transformer.tokenizer, "is_fast", False):
         raise UnsupportedModel("the checkpoint's tokenizer has no tokenizer.json, and none can be made of its files")
+
+
+def _check_weights(transformer: Transformer) -> None:
+    """transformers makes up what the files lack from random numbers, and says so in its log alone."""
+    lacking = [
+        name
+        for name, parameter in transformer.model.named_parameters()
+        # The flag is transformers' own, set on what it loaded. The pooler's output is used nowhere, and often left out.
+        if not getattr(parameter, "_is_hf_initialized", False) and not name.startswith("pooler.")
+    ]
+    if lacking:
+        raise ModelError(f"the files lack {len(lacking)} of the model's weights, such as {lacking[0]}")
 
 
 def _max_tokens(transformer: Transformer) -> int:
