@@ -66,6 +66,13 @@ class Server:
         """What it wrote to stdout and stderr so far."""
         return os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
 
+    def wait_for_log(self, pattern: str, seconds: float = 20) -> None:
+        """A request is logged after its reply has gone out."""
+        deadline = time.monotonic() + seconds
+        while not re.search(pattern, self.log):
+            assert time.monotonic() < deadline, f"{pattern} is not in the log:\n{self.log}"
+            time.sleep(0.05)
+
     def stop(self, timeout: float = 60) -> int:
         """SIGTERM; the exit status."""
         self.process.send_signal(signal.SIGTERM)
