@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import os
 import socket
+import sys
 import time
 from types import FrameType
 
@@ -13,7 +14,7 @@ from mlx_embeddings_server.app import create_app
 from mlx_embeddings_server.logs import configure_logging
 from mlx_embeddings_server.models import Load, load_backend
 from mlx_embeddings_server.runtime import Runtime
-from mlx_embeddings_server.settings import Settings
+from mlx_embeddings_server.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,8 @@ _LAST_STEPS_TIMEOUT = 1
 def serve(settings: Settings, *, load: Load = load_backend) -> None:
     """Load the models, then open the port; return after a signal. Raises `SettingsError` or `ModelError`."""
     configure_logging(settings.log_format)
+    # Bound now, so that a port in use is told at once; listening, and so open to clients, when the models are loaded.
+    listener = _bind(settings.host, settings.port)
     app = create_app(settings, load=load)
     runtime: Runtime = app.state.runtime
     runtime.models.load()
@@ -31,15 +34,13 @@ def serve(settings: Settings, *, load: Load = load_backend) -> None:
         log.warning("anyone who reaches %s can use this server: set --api-key to ask for a key", settings.host)
     config = uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_LAST_STEPS_TIMEOUT,
     )
-    DrainingServer(config, runtime).run()
+    DrainingServer(config, runtime).run(sockets=[listener])
     if not runtime.models.close():
         os._exit(0)  # a batch still runs, for nobody: Python would abort when it exits under a thread in native code
 
@@ -76,6 +77,19 @@ class DrainingServer(uvicorn.Server):
                 self._runtime.models.stop()  # answers them with 503
             self.should_exit = left == 0 or time.monotonic() >= self._deadline
         return await super().on_tick(counter)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Raises `SettingsError`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        if sys.platform != "win32":  # there it would let two servers have the port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise SettingsError(f"--host {host} --port {port}: {error.strerror}") from error
+    return listener
 
 
 def _is_loopback(host: str) -> bool:

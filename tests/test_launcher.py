@@ -19,7 +19,6 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from mlx_embeddings_server.settings import Settings, SettingsError, load_settings
-from tests.scripted import scripted_server
 from tests.server import MINILM, Server
 
 SCRIPT = Path(sys.executable).with_name("mlx-embeddings-server")
@@ -177,13 +176,12 @@ def test_names_must_fit_the_models(minilm_folder: Path) -> None:
     assert same_name.returncode == 2 and "--served-model-name" in same_name.stderr
 
 
-def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(RuntimeError) as caught:
-            scripted_server(tmp_path, port=port).__enter__()
-    assert "address already in use" in str(caught.value) and str(port) in str(caught.value)
-    assert "Traceback" not in str(caught.value)
+        done = launch("--model", MINILM, "--port", str(port))
+    assert done.returncode == 2
+    assert done.stderr == f"mlx-embeddings-server: --host 127.0.0.1 --port {port}: Address already in use\n"
 
 
 # Where a setting comes from
