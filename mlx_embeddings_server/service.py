@@ -24,7 +24,7 @@ from mlx_embeddings_server.settings import DimensionsPolicy
 # The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
 _ROLE_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _LONGEST_RETRY_AFTER = 60  # seconds
-_MOST_DIMENSIONS = 65_536  # that vectors are filled up to: what a caller asks for takes memory
+_MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
 
 
 @dataclass(frozen=True, slots=True)

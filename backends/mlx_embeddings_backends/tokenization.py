@@ -1,7 +1,8 @@
 """Text to token ids, as the checkpoint's own tokenizer does it, with the length checked and cutting made explicit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,59 +38,90 @@ class TextTokenizer:
         self._suffix = probe.ids[len(probe.ids) - after :]
 
     def encode(self, items: Sequence[Item], truncate: Truncate) -> list[Tokens]:
-        """Tokenise in one call. Raises `InputTooLong`, `InvalidTokenId` or `EmptyInput`."""
-        texts = [item.prompt + item.content for item in items if isinstance(item.content, str)]
-        # The fast variant leaves out the offsets, which only cutting needs.
-        encodings = iter(self._tokenizer.encode_batch_fast(texts) if texts else [])
-        ids = [
-            next(encodings).ids if isinstance(item.content, str) else self._checked(index, item.content)
-            for index, item in enumerate(items)
-        ]
-        for index, each in enumerate(ids):
-            if not each:
+        """In the order of the items. Raises `InputTooLong`, `InvalidTokenId` or `EmptyInput`."""
+        tokens: list[Tokens] = []
+        too_long: list[tuple[int, int]] = []
+        for index, (text, ids) in enumerate(self._ids(items, truncate)):
+            if text is None:
+                self._check_vocabulary(index, ids)
+            if not ids:
                 raise EmptyInput(index)
-        too_long = [(index, len(each)) for index, each in enumerate(ids) if len(each) > self.max_tokens]
-        if too_long and truncate == "none":
-            raise InputTooLong(too_long, self.max_tokens)
-        cut = {index: self._cut(items[index], ids[index], truncate) for index, _ in too_long}
-        if hopeless := [(index, length) for index, length in too_long if not cut[index]]:
-            raise InputTooLong(hopeless, self.max_tokens, prompt_fills=True)
-        return [
-            Tokens(np.array(cut.get(index, each), dtype=np.int64), truncated=index in cut)
-            for index, each in enumerate(ids)
-        ]
+            kept: Sequence[int] = ids
+            if len(ids) > self.max_tokens:
+                kept = [] if truncate == "none" else self._cut(ids, text, len(items[index].prompt), truncate)
+            if not kept:
+                too_long.append((index, len(ids)))
+            tokens.append(Tokens(np.array(kept, dtype=np.int64), truncated=len(kept) < len(ids)))
+        if too_long:
+            raise InputTooLong(too_long, self.max_tokens, prompt_fills=truncate != "none")
+        return tokens
+
+    def _ids(self, items: Sequence[Item], truncate: Truncate) -> Iterator[tuple[str | None, Sequence[int]]]:
+        """Each item's text, if it has one, and its ids. A few at a time: a token takes 400 bytes until it is an id."""
+        for chunk in _chunks(items):
+            texts = [self._beginning_or_end(item, truncate) for item in chunk]
+            # The fast variant leaves out the offsets, which only cutting needs.
+            encodings = iter(self._tokenizer.encode_batch_fast([text for text in texts if text is not None]))
+            for item, text in zip(chunk, texts, strict=True):
+                if not isinstance(item.content, str) or text is None:
+                    yield None, cast(tuple[int, ...], item.content)
+                    continue
+                ids = next(encodings).ids
+                is_part = len(text) < len(item.prompt) + len(item.content)
+                if is_part and len(ids) <= self.max_tokens:  # white space, say, of which no tokens are made
+                    text = item.prompt + item.content
+                    ids = self._tokenizer.encode(text).ids
+                yield text, ids
+
+    def _beginning_or_end(self, item: Item, truncate: Truncate) -> str | None:
+        """The text, or of a very long one as much as must exceed `max_tokens`: a token of 64 characters is rare."""
+        if not isinstance(item.content, str):
+            return None
+        most = self.max_tokens * 64
+        if len(item.content) <= most:
+            return item.prompt + item.content
+        return item.prompt + (item.content[-most:] if truncate == "start" else item.content[:most])
 
     def count_before_end(self, prompt: str) -> int:
         """Tokens of a prompt on its own, with the special tokens before it and without those after it."""
         encoding = self._tokenizer.encode(prompt)
         return len(encoding.ids) - _special_token_counts(encoding.special_tokens_mask)[1]
 
-    def _checked(self, index: int, ids: tuple[int, ...]) -> list[int]:
+    def _check_vocabulary(self, index: int, ids: Sequence[int]) -> None:
         for token_id in ids:
             if not 0 <= token_id < self.vocabulary_size:
                 raise InvalidTokenId(index, token_id, self.vocabulary_size)
-        return list(ids)
 
-    def _cut(self, item: Item, ids: list[int], truncate: Truncate) -> list[int]:
+    def _cut(self, ids: Sequence[int], text: str | None, prompt_length: int, truncate: Truncate) -> Sequence[int]:
         """Cut the content to fit; the special tokens around it stay, and so does the prompt before it.
 
         Empty where these leave no room for content.
         """
         length, prompt_tokens = len(ids), 0
-        if isinstance(item.content, str):
-            encoding = self._tokenizer.encode(item.prompt + item.content)
+        if text is not None:
+            encoding = self._tokenizer.encode(text)
             before, after = _special_token_counts(encoding.special_tokens_mask)
             content_starts = [start for start, _ in encoding.offsets[before : length - after]]
-            prompt_tokens = sum(start < len(item.prompt) for start in content_starts)
+            prompt_tokens = sum(start < prompt_length for start in content_starts)
         else:
-            before = len(self._prefix) if ids[: len(self._prefix)] == self._prefix else 0
-            after = len(self._suffix) if ids[length - len(self._suffix) :] == self._suffix else 0
+            before = len(self._prefix) if list(ids[: len(self._prefix)]) == self._prefix else 0
+            after = len(self._suffix) if list(ids[length - len(self._suffix) :]) == self._suffix else 0
         start, end = before + prompt_tokens, length - after
-        head, content, tail = ids[:start], ids[start:end], ids[end:]
+        head, content, tail = list(ids[:start]), list(ids[start:end]), list(ids[end:])
         room = self.max_tokens - len(head) - len(tail)
         if room <= 0:
             return []
         return head + (content[:room] if truncate == "end" else content[-room:]) + tail
+
+
+def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """The items in runs of some 250,000 characters."""
+    start, characters = 0, 0
+    for end, item in enumerate(items, 1):
+        characters += len(item.prompt) + len(item.content)
+        if characters >= 250_000 or end == len(items):
+            yield items[start:end]
+            start, characters = end, 0
 
 
 def _special_token_counts(mask: Sequence[int]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 from mlx_embeddings_server.engine.queue import Queue, Ticket
 
@@ -31,8 +32,8 @@ class Handover:
         for ticket in tickets:
             by_loop[ticket.future.get_loop()].append(ticket)
         for loop, answered in by_loop.items():
-            if not loop.is_closed():
-                self._at_rest.clear()
+            self._at_rest.clear()
+            with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(self._wake, loop, answered)
 
     def wait(self) -> None:

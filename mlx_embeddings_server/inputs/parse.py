@@ -48,9 +48,9 @@ def _text(value: Any, where: str) -> str:
 def _token_ids(value: list[Any], where: str) -> tuple[int, ...]:
     if not value:
         raise _invalid(f"{where} is an empty list of token ids", "empty_input")
-    for place, token_id in enumerate(value):
-        if not _is_integer(token_id):
-            raise _invalid(f"{where}[{place}] must be a token id (an integer), not {_kind(token_id)}", "invalid_type")
+    if set(map(type, value)) != {int}:  # a request may hold millions
+        place, token_id = next((place, each) for place, each in enumerate(value) if not _is_integer(each))
+        raise _invalid(f"{where}[{place}] must be a token id (an integer), not {_kind(token_id)}", "invalid_type")
     return tuple(value)
 
 

@@ -34,7 +34,10 @@ class EmbeddingsRequest(BaseModel):
     )
     user: Any = Field(None, description="Accepted, not used.")
     input_type: Literal["query", "document"] | None = Field(None, description="Picks the model's prompt.")
-    prompt: str | None = Field(None, description="Put before each text. Exclusive with input_type and prompt_name.")
+    # The length is bounded because the prompt is put before each of up to 2048 texts.
+    prompt: Annotated[str, Field(max_length=8192)] | None = Field(
+        None, description="Put before each text. Exclusive with input_type and prompt_name."
+    )
     prompt_name: str | None = Field(None, description="One of the checkpoint's prompts.")
     truncate: StrictBool | Literal["none", "end", "start"] | None = Field(
         None,
