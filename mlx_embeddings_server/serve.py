@@ -82,7 +82,9 @@ class DrainingServer(uvicorn.Server):
 def _bind(host: str, port: int) -> socket.socket:
     """Raises `SettingsError`."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # A name such as localhost may have both kinds of address: clients that know one know IPv4.
+        family, kind, protocol, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         listener = socket.socket(family, kind, protocol)
         if sys.platform != "win32":  # there it would let two servers have the port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
