@@ -35,6 +35,14 @@ def test_a_padded_batch_of_every_architecture_equals_sentence_transformers(model
     assert backend.info.max_tokens == MAX_TOKENS
 
 
+def test_a_bare_encoder_is_pooled_by_the_mean_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(bare_encoder(tmp_path / "bare"))
+    assert "mean pooling is used" in caplog.text
+    caplog.clear()
+    load(sentence_transformer(tmp_path / "complete"))
+    assert "pooling is used" not in caplog.text
+
+
 @pytest.mark.parametrize(("model_type", "padding_side"), [("bert", "right"), ("qwen3", "left")])
 @pytest.mark.parametrize("mode", [*POOLING_MODES, ("cls", "mean")], ids=str)
 def test_every_pooling_mode_on_either_padding_side(

@@ -1,5 +1,6 @@
 """Text encoders in sentence-transformers' format, and bare ones. Loading is that library's; the hot path is ours."""
 
+import logging
 import pickle
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, ch
 from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
 
 
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Features of the first module, or tokens for our own encoder; and what the modules behind it look at."""
@@ -43,6 +47,9 @@ class SentenceTransformerBackend(Backend):
         assert isinstance(transformer, Transformer)
         _check_text_only(transformer)
         _check_weights(transformer)
+        if not (folder / "modules.json").exists():
+            modes = [module.pooling_mode for module in rest if isinstance(module, Pooling)]
+            log.warning("no modules.json says how tokens become a vector: %s pooling is used", *modes)
         normalize = isinstance(rest[-1], Normalize) and rest[-1].module_input_name == "sentence_embedding"
         self._after: list[nn.Module] = [module.to(device) for module in (rest[:-1] if normalize else rest)]
         self._prompt_is_pooled = all(module.include_prompt for module in rest if isinstance(module, Pooling))
