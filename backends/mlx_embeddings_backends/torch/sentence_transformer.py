@@ -24,7 +24,6 @@ from mlx_embeddings_backends.torch.bert import BertEncoder, PackedTokens
 from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
 from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
 
-
 log = logging.getLogger(__name__)
 
 
