@@ -43,7 +43,7 @@ class RequestMiddleware:
         self.runtime.in_flight += 1
         try:
             await self.app(scope, receive, send_with_id)
-        except Exception:
+        except Exception:  # the outermost guard: whatever was foreseen has become a reply further in
             log.exception("unexpected error, request %s", request_id.decode())
             if status:  # too late for another reply: the connection ends here
                 raise

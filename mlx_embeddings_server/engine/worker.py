@@ -204,7 +204,7 @@ class Worker:
             rows = backend.run(backend.collate([job.prepared for job in jobs]) if collated is None else collated)
         except DeviceLost:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever the model raises: other items must not suffer for it
             if len(jobs) > 1:
                 half = len(jobs) // 2
                 return self._run(backend, jobs[:half], None) | self._run(backend, jobs[half:], None)
