@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from mlx_embeddings_server import __version__
 from mlx_embeddings_server.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, openai_body, quoted
+from mlx_embeddings_server.inputs.images import ImageLoader
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder, is_known_encoding, known_encodings
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.middleware import RequestMiddleware
@@ -33,11 +34,15 @@ def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
     if not settings.model:
         raise SettingsError("no model was named: give --model, or set MLX_EMBEDDINGS_MODEL")
     metrics = Metrics()
+    image_loader = ImageLoader(
+        allow_private=settings.allow_private_image_urls, max_total_bytes=settings.max_request_bytes
+    )
     service = EmbeddingService(
         metrics,
         truncate=settings.truncate,
         dimensions_policy=settings.dimensions_policy,
         token_decoder=_token_decoder(settings.token_encoding),
+        image_loader=image_loader,
     )
     disconnects = DisconnectWatcher()
     runtime = Runtime(settings, Models(settings, metrics, load), metrics, service)
@@ -49,6 +54,7 @@ def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
         yield
         runtime.draining = True
         watching.cancel()
+        await image_loader.aclose()
         await asyncio.to_thread(runtime.models.close, _LAST_BATCH_TIMEOUT)
 
     app = FastAPI(

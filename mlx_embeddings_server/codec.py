@@ -1,7 +1,8 @@
 """float32 rows to what a client asked for: other number types, base64, bytes, JSON. No Python floats on the way."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -29,21 +30,29 @@ def quantize(rows: NDArray[np.float32], dtype: OutputDType) -> NDArray[Any]:
     return scaled.astype(np.int8) if dtype == "int8" else (scaled + 128).astype(np.uint8)
 
 
-def encode_rows(rows: NDArray[Any], encoding_format: EncodingFormat) -> list[Any]:
-    """One JSON value a row: an array, or base64 of its little-endian bytes."""
-    if encoding_format == "base64":
-        return [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
-    return list(rows)
+def encode_inputs(
+    rows: NDArray[Any], lengths: Sequence[int] | None, encoding_format: EncodingFormat
+) -> Iterator[dict[str, Any]]:
+    """For each input its `embedding`: an array, or base64 of its little-endian bytes.
+
+    With `lengths` an input has several rows: the embedding is a list of lists, and beside base64 stands its `shape`.
+    """
+    ends = range(1, len(rows) + 1) if lengths is None else accumulate(lengths)
+    start = 0
+    for end in ends:
+        array = rows[start] if lengths is None else rows[start:end]
+        start = end
+        if encoding_format == "float":
+            yield {"embedding": array}
+            continue
+        value: dict[str, Any] = {"embedding": base64.b64encode(array.tobytes()).decode("ascii")}
+        yield value if lengths is None else value | {"shape": array.shape}
 
 
-def embedding_list(
-    rows: NDArray[Any], encoding_format: EncodingFormat, *, model: str, usage: Mapping[str, Any]
-) -> bytes:
-    """OpenAI's list of embeddings as JSON."""
-    data = [
-        {"object": "embedding", "index": index, "embedding": value}
-        for index, value in enumerate(encode_rows(rows, encoding_format))
-    ]
-    return orjson.dumps(
-        {"object": "list", "data": data, "model": model, "usage": usage}, option=orjson.OPT_SERIALIZE_NUMPY
-    )
+def embedding_list(values: Iterable[Mapping[str, Any]], *, model: str, usage: Mapping[str, Any]) -> Iterator[bytes]:
+    """OpenAI's list of embeddings as JSON, in parts of one input each: they may be hundreds of kilobytes."""
+    before = b'{"object":"list","data":['
+    for index, value in enumerate(values):
+        yield before + orjson.dumps({"object": "embedding", "index": index, **value}, option=orjson.OPT_SERIALIZE_NUMPY)
+        before = b","
+    yield b'],"model":' + orjson.dumps(model) + b',"usage":' + orjson.dumps(usage) + b"}"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from mlx_embeddings_backends import detect, hub
 from mlx_embeddings_backends.base import Backend, LoadOptions, ModelInfo
@@ -59,13 +60,16 @@ class Models:
         self._by_name: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         self._loaded = False
-        options = LoadOptions(settings.device, settings.dtype)
         for place, model in enumerate(settings.model):
             snapshot = hub.resolve(model, settings.revision)
             name = names[place] if names else snapshot.name
             if name in self._by_name:
                 raise ModelError(f"two models would be served as {name!r}: give each a --served-model-name")
-            choice = detect.choose(snapshot.path, settings.backend)
+            base = _base(snapshot)
+            choice = detect.choose(
+                snapshot.path, settings.backend, base=base, allow_unverified=settings.allow_unverified
+            )
+            options = LoadOptions(settings.device, settings.dtype, settings.max_image_tokens, base)
             engine = Engine(
                 name,
                 partial(load, choice, snapshot, options),
@@ -92,7 +96,7 @@ class Models:
                 model.snapshot.revision or "unknown",
                 model.snapshot.source,
                 info.backend,
-                model.choice.reason,
+                model.choice.reason if model.choice.verified else f"{model.choice.reason}, not verified",
                 info.device,
                 info.dtype,
                 info.dimensions,
@@ -132,3 +136,14 @@ class Models:
         gc.unfreeze()  # else what the libraries made would never be freed, and nanobind prints a page of leaks
         deadline = time.monotonic() + timeout
         return all([model.engine.join(max(0.0, deadline - time.monotonic())) for model in self])
+
+
+def _base(snapshot: Snapshot) -> Path | None:
+    """Where `snapshot` is an adapter: the folder of the model that it changes."""
+    base = detect.base_of(snapshot.path)
+    if base is None:
+        return None
+    name, revision = base
+    if snapshot.source != "local" and Path(name).expanduser().is_dir():
+        raise ModelError(f"the adapter {snapshot.name} names a folder of this machine as its base model, not a hub id")
+    return hub.resolve(name, revision).path

@@ -1,28 +1,37 @@
-"""embed(): texts and what the caller wants of them to vectors, in the order of the inputs."""
+"""embed(): inputs and what the caller wants of them to vectors, in the order of the inputs."""
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_embeddings_backends.base import Item, ModelInfo, Truncate
-from mlx_embeddings_backends.errors import EmptyInput, InputError, InputTooLong, InvalidTokenId
+from mlx_embeddings_backends.base import EncodedImage, Item, ModelInfo, PatchGrid, Role, Truncate
+from mlx_embeddings_backends.errors import (
+    EmptyInput,
+    InputError,
+    InputTooLong,
+    InvalidImage,
+    InvalidTokenId,
+    ReservedTokenId,
+)
 from mlx_embeddings_server.engine.queue import QueueFull
 from mlx_embeddings_server.engine.worker import InferenceFailed, NonFiniteVector, WorkerLost
 from mlx_embeddings_server.errors import InternalError, InvalidRequest, Overloaded, Unavailable, quoted
-from mlx_embeddings_server.inputs.parse import Content
+from mlx_embeddings_server.inputs.images import ImageLoader
+from mlx_embeddings_server.inputs.parse import Content, ImageSource
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.models import ServedModel
+from mlx_embeddings_server.pooling import Pool, normalized, pool_patches, pool_tokens
+from mlx_embeddings_server.providers.local import Vectors
 from mlx_embeddings_server.settings import DimensionsPolicy
 
 # The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
-_ROLE_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+_ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 _LONGEST_RETRY_AFTER = 60  # seconds
 _MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
 
@@ -31,19 +40,32 @@ _MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks f
 class EmbedOptions:
     """What the caller wants. None: the model's or the server's own default."""
 
-    input_type: Literal["query", "document"] | None = None
+    input_type: Role | None = None
     prompt: str | None = None
     prompt_name: str | None = None
     truncate: Truncate | None = None
     dimensions: int | None = None
     normalize: bool | None = None
+    pool: Pool | None = None
+    token_pool_factor: int | None = None
+    with_patches: bool = False
+
+    @property
+    def role(self) -> Role | None:
+        """What texts are embedded as, said by `input_type` or by a prompt of that name."""
+        match self.prompt_name:
+            case "query" | "document":
+                return self.prompt_name
+        return self.input_type
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
     """Vectors in the order of the inputs, and the account of what they took."""
 
-    rows: NDArray[np.float32]  # [inputs, dimensions]
+    rows: NDArray[np.float32]  # [vectors, dimensions]
+    lengths: list[int] | None  # of a multi-vector model: how many of the vectors are each input's. Else each has one
+    patches: list[PatchGrid | None]  # of each input
     prompt_tokens: int
     truncated: list[int]  # indexes of the inputs that were cut
     provider: str
@@ -62,35 +84,42 @@ class EmbeddingService:
         truncate: Truncate,
         dimensions_policy: DimensionsPolicy,
         token_decoder: TokenDecoder | None,
+        image_loader: ImageLoader,
     ) -> None:
         self.dimensions_policy = dimensions_policy
         self._metrics = metrics
         self._truncate = truncate
         self._token_decoder = token_decoder
+        self._image_loader = image_loader
 
     async def embed(self, model: ServedModel, contents: Sequence[Content], options: EmbedOptions) -> Embeddings:
         """Duplicates are computed once."""
         info = model.info
         self._check_dimensions(info, options.dimensions)
-        contents = await self._decode_token_ids(contents)
+        _check_pooling(info, options, contents)
         prompt = _prompt(info, options)
-        _check_prompt_of_token_ids(contents, prompt, options)
-        places: dict[Content, int] = {}
-        place_of = [places.setdefault(content, len(places)) for content in contents]
-        # Token ids carry no prompt: the model's default one is for texts.
-        items = [Item(content, prompt if isinstance(content, str) else "") for content in places]
+        _check_prompt_has_text(contents, prompt, options)
+        contents = await self._decode_token_ids(contents)
+        loaded = await self._load_images(contents)
+        places: dict[str | tuple[int, ...] | EncodedImage, int] = {}
+        place_of = [places.setdefault(content, len(places)) for content in loaded]
+        # Token ids and images carry no prompt: the model's default one is for texts.
+        items = [Item(each, prompt if isinstance(each, str) else "", options.role) for each in places]
         with _api_errors(place_of):
             vectors = await model.provider.embed(items, options.truncate or self._truncate)
-        rows = self._shape(info, vectors.rows, options)
-        if len(places) < len(contents):
-            rows = rows[place_of]
-        prompt_tokens = sum(vectors.tokens[place] for place in place_of)
+        accounts = [vectors.accounts[place] for place in place_of]
+        prompt_tokens = sum(account.tokens for account in accounts)
         self._metrics.prompt_tokens.labels(model.name).inc(prompt_tokens)
         self._metrics.queue_seconds.labels(model.name).observe(vectors.queue_seconds)
+        rows, patches = await _pooled(vectors, options)
+        is_multi_vector = info.output == "multi_vector"
+        rows = [rows[place] for place in place_of]
         return Embeddings(
-            rows=rows,
+            rows=self._shape(info, np.concatenate(rows) if is_multi_vector else np.stack(rows), options),
+            lengths=list(map(len, rows)) if is_multi_vector else None,
+            patches=[patches[place] for place in place_of],
             prompt_tokens=prompt_tokens,
-            truncated=[index for index, place in enumerate(place_of) if vectors.truncated[place]],
+            truncated=[index for index, account in enumerate(accounts) if account.truncated],
             provider=model.provider.name,
             tokenize_seconds=vectors.tokenize_seconds,
             queue_seconds=vectors.queue_seconds,
@@ -99,24 +128,35 @@ class EmbeddingService:
 
     async def _decode_token_ids(self, contents: Sequence[Content]) -> Sequence[Content]:
         decoder = self._token_decoder
-        if decoder is None or all(isinstance(content, str) for content in contents):
+        if decoder is None or not any(isinstance(content, tuple) for content in contents):
             return contents
 
         def decode() -> list[Content]:
             return [
-                content if isinstance(content, str) else decoder.decode(content, f"input[{index}]")
+                decoder.decode(content, f"input[{index}]") if isinstance(content, tuple) else content
                 for index, content in enumerate(contents)
             ]
 
         return await asyncio.to_thread(decode)
 
+    async def _load_images(self, contents: Sequence[Content]) -> list[str | tuple[int, ...] | EncodedImage]:
+        """The images' files in the place of what they were named by: all of them, or an error."""
+        sources = [
+            (content.source, f"input[{index}]")
+            for index, content in enumerate(contents)
+            if isinstance(content, ImageSource)
+        ]
+        files = iter(await self._image_loader.load_all(sources) if sources else ())
+        return [
+            EncodedImage(next(files), content.text) if isinstance(content, ImageSource) else content
+            for content in contents
+        ]
+
     def _check_dimensions(self, info: ModelInfo, wanted: int | None) -> None:
         most = {"reduce": info.dimensions, "pad": _MOST_DIMENSIONS}.get(self.dimensions_policy)
         if wanted is not None and most is not None and wanted > most:
-            raise InvalidRequest(
-                f"dimensions is {wanted}, the most is {most} (the model's vectors have {info.dimensions})",
-                param="dimensions",
-                code="invalid_value",
+            raise _invalid(
+                f"dimensions is {wanted}, the most is {most} (the model's vectors have {info.dimensions})", "dimensions"
             )
 
     def _shape(self, info: ModelInfo, rows: NDArray[np.float32], options: EmbedOptions) -> NDArray[np.float32]:
@@ -124,28 +164,56 @@ class EmbeddingService:
         wanted = options.dimensions
         if wanted is not None and self.dimensions_policy != "ignore":
             rows = np.pad(rows[:, :wanted], ((0, 0), (0, max(0, wanted - rows.shape[1]))))
-        if info.normalize if options.normalize is None else options.normalize:
-            # torch.nn.functional.normalize's floor: a vector of zeros stays one.
-            rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-        return rows
+        return normalized(rows) if (info.normalize if options.normalize is None else options.normalize) else rows
+
+
+async def _pooled(vectors: Vectors, options: EmbedOptions) -> tuple[list[NDArray[np.float32]], list[PatchGrid | None]]:
+    """Each item's vectors after `pool` or `token_pool_factor`, and its patch grid."""
+    patches = [account.patches for account in vectors.accounts]
+    if (pool := options.pool) is not None:
+        pooled = [
+            pool_patches(normalized(rows), grid, pool)
+            for rows, grid in zip(vectors.rows, patches, strict=True)
+            if grid is not None
+        ]
+        return [rows for rows, _ in pooled], [grid for _, grid in pooled]
+    if (factor := options.token_pool_factor) is not None and factor > 1:
+        # A page takes some 50 ms of a processor.
+        rows = await asyncio.to_thread(lambda: [pool_tokens(normalized(rows), factor) for rows in vectors.rows])
+        return rows, [None] * len(rows)
+    return vectors.rows, patches
+
+
+def _check_pooling(info: ModelInfo, options: EmbedOptions, contents: Sequence[Content]) -> None:
+    """`pool`, `token_pool_factor` and `include` where they mean something."""
+    asked = [name for name in ("token_pool_factor", "pool") if getattr(options, name) is not None]
+    if info.output != "multi_vector" and (asked or options.with_patches):
+        param = asked[0] if asked else "include"
+        raise _invalid(f"{param} is for multi-vector models, which this one is not", param)
+    if len(asked) > 1:
+        raise _invalid("token_pool_factor and pool exclude each other: send one of them", "pool")
+    if asked and options.normalize is False:
+        raise _invalid(f"{asked[0]} gives vectors of length 1: leave normalize out", "normalize")
+    if options.with_patches and (options.token_pool_factor or 1) > 1:
+        raise _invalid("clusters of tokens are no patches: leave include out, or token_pool_factor", "include")
+    if options.pool is not None:
+        for index, content in enumerate(contents):
+            if not isinstance(content, ImageSource):
+                raise _invalid(f"pool is over an image's patches, and input[{index}] is no image", "pool")
 
 
 def _prompt(info: ModelInfo, options: EmbedOptions) -> str:
     """The text put before each input."""
     asked = [name for name in ("input_type", "prompt", "prompt_name") if getattr(options, name) is not None]
     if len(asked) > 1:
-        raise InvalidRequest(
-            f"{' and '.join(asked)} exclude each other: send one of them", param=asked[1], code="invalid_value"
-        )
+        raise _invalid(f"{' and '.join(asked)} exclude each other: send one of them", asked[1])
     if options.prompt is not None:
         return options.prompt
     if options.prompt_name is not None:
         if options.prompt_name not in info.prompts:
             known = ", ".join(info.prompts) or "none"
-            raise InvalidRequest(
-                f"prompt_name {quoted(options.prompt_name)} is not among the model's prompts: {known}",
-                param="prompt_name",
-                code="invalid_value",
+            raise _invalid(
+                f"prompt_name {quoted(options.prompt_name)} is not among the model's prompts: {known}", "prompt_name"
             )
         return info.prompts[options.prompt_name]
     if options.input_type is not None:
@@ -154,14 +222,21 @@ def _prompt(info: ModelInfo, options: EmbedOptions) -> str:
     return info.prompts[info.default_prompt] if info.default_prompt else ""
 
 
-def _check_prompt_of_token_ids(contents: Sequence[Content], prompt: str, options: EmbedOptions) -> None:
+def _check_prompt_has_text(contents: Sequence[Content], prompt: str, options: EmbedOptions) -> None:
+    """A prompt that was asked for must not get lost."""
     asked = options.input_type or options.prompt or options.prompt_name
-    if prompt and asked and not all(isinstance(content, str) for content in contents):
-        raise InvalidRequest(
-            "a prompt cannot be put before token ids: send texts, or put the prompt's tokens into the ids",
-            param="input",
-            code="invalid_value",
+    if prompt and asked and any(isinstance(content, tuple) for content in contents):
+        raise _invalid(
+            "a prompt cannot be put before token ids: send texts, or put the prompt's tokens into the ids", "input"
         )
+    if options.prompt and any(isinstance(content, ImageSource) for content in contents):
+        raise _invalid(
+            'a prompt is put before texts: to give an image a text, send {"image": ..., "text": ...}', "prompt"
+        )
+
+
+def _invalid(message: str, param: str) -> InvalidRequest:
+    return InvalidRequest(message, param=param, code="invalid_value")
 
 
 @contextmanager
@@ -213,6 +288,13 @@ def _invalid_input(error: InputError, indexes: Mapping[int, Sequence[int]]) -> I
                 code="input_too_long",
                 details=details,
             )
+        case ReservedTokenId():
+            return InvalidRequest(
+                f"input[{indexes[error.index][0]}] has the token id {error.token_id}, which stands for a part of an "
+                'image: send the image itself, as {"image": ...}',
+                param="input",
+                code="invalid_token_id",
+            )
         case InvalidTokenId():
             return InvalidRequest(
                 f"input[{indexes[error.index][0]}] has the token id {error.token_id}, and the model's own vocabulary "
@@ -224,4 +306,9 @@ def _invalid_input(error: InputError, indexes: Mapping[int, Sequence[int]]) -> I
         case EmptyInput():
             where = f"input[{indexes[error.index][0]}]"
             return InvalidRequest(f"{where} gives no tokens: leave it out", param="input", code="empty_input")
+        case InvalidImage():
+            where = f"input[{indexes[error.index][0]}]"
+            return InvalidRequest(
+                f"{where} is no image that can be taken: {error}", param="input", code="invalid_image"
+            )
     raise error

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
         description="of the matrix products; all else is float32. auto is bfloat16 where the device multiplies it "
         "natively (cosine >= 0.9999 to float32, up to three times as fast), float16 on other GPUs, else float32",
     )
+    allow_unverified: bool = Field(
+        False, description="serve architectures whose vectors no test compares with the reference implementation's"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of the model on the hub")
     host: str = Field(
         "127.0.0.1", description="address to listen on; 0.0.0.0 opens the server to the network: set --api-key"
@@ -59,7 +62,20 @@ class Settings(BaseSettings):
         1_048_576, ge=1, description="tokens that may wait; beyond it requests are refused with 429 and Retry-After"
     )
     max_request_inputs: int = Field(2048, ge=1, description="inputs of one request (OpenAI's limit is 2048)")
-    max_request_bytes: int = Field(32 * 1024 * 1024, ge=1, description="size of a request's body")
+    max_request_bytes: int = Field(
+        32 * 1024 * 1024, ge=1, description="size of a request's body, and of all images fetched for it together"
+    )
+    max_image_tokens: int | None = Field(
+        None,
+        ge=4,
+        description="scale images down to so many tokens (of 28 x 28 pixels in ColQwen2.5): fewer are faster and show "
+        "less detail. Default: the checkpoint's own limit",
+    )
+    allow_private_image_urls: bool = Field(
+        False,
+        description="fetch images from loopback, private and link-local addresses too: whoever may send requests can "
+        "then reach what this machine reaches",
+    )
     truncate: Literal["none", "end", "start"] = Field(
         "none",
         description="inputs that are too long: none refuses them, end and start cut there; a request may say otherwise",

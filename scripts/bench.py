@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
 import shutil
 import signal
 import socket
@@ -21,106 +20,27 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
 import psutil
+from bench_loads import FRESH, LOADS, PAGE_LOADS, TEXT_LOADS, WORDS, fresh_words, request_inputs
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STARTUP_S = 900  # a first start downloads the model
 TIMEOUT_S = 30  # of one request
 STALL_S = 60  # past its time, a run is given this long for what is in flight
-FRESH = "{fresh}"  # begins every text; each request puts two words there, so that no cache has seen its texts
-VOCABULARY = """time year people way day man thing woman life child world school state family student group country
-problem hand part place case week company system program question work government number night point home water room
-mother area money story fact month lot right study book eye job word business issue side kind head house service
-friend father power hour game line end member law car city name president team minute idea body back parent face
-level"""
-WORDS = VOCABULARY.split()
 
 
 class BenchError(Exception):
     """The measurement cannot go on; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    texts: int  # in a request
-    words: tuple[int, int]  # in a text
-    connections: int
-    bodies: int  # distinct requests, sent in turn
-    bare_batch: int  # texts in one forward pass of the bare model
-
-
-LOADS = {
-    "short-1": Load(texts=1, words=(5, 15), connections=1, bodies=200, bare_batch=1),
-    "short-32": Load(texts=1, words=(5, 15), connections=32, bodies=200, bare_batch=32),
-    "passages": Load(texts=32, words=(80, 160), connections=4, bodies=16, bare_batch=32),
-    "mixed": Load(texts=32, words=(5, 200), connections=4, bodies=16, bare_batch=32),
-}
-
-
-def request_texts(name: str) -> list[list[str]]:
-    """The texts of each of a load's requests, the same in every process."""
-    rng, load = random.Random(name), LOADS[name]
-
-    def text() -> str:
-        return " ".join([FRESH, *rng.choices(WORDS, k=rng.randint(*load.words) - 2)])
-
-    return [[text() for _ in range(load.texts)] for _ in range(load.bodies)]
-
-
-def fresh_words(turn: int) -> str:
-    return f"{WORDS[turn % len(WORDS)]} {WORDS[turn // len(WORDS) % len(WORDS)]}"
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-# The bare model, in a process of its own: a line on stdin asks, a line on stdout answers.
-
-
-def bare_main(model_name: str, device: str, dtype: str) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the server has fetched the model already
-    import torch
-    from sentence_transformers import SentenceTransformer
-
-    from mlx_embeddings_backends import hub
-
-    options, where = {} if dtype == "auto" else {"dtype": dtype}, None if device == "auto" else device
-    model = SentenceTransformer(str(hub.resolve(model_name).path), device=where, model_kwargs=options)
-    kind, cpu, autocast = model.device.type, torch.cpu.get_capabilities(), False
-    if kind == "cpu":
-        model.float()
-        autocast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-    elif kind == "cuda" and dtype == "auto":
-        model.to(torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    precision = "bfloat16 autocast" if autocast else str(next(model.parameters()).dtype).removeprefix("torch.")
-    gpu = torch.cuda.get_device_name() if kind == "cuda" else None
-    facts = {"device": kind, "gpu": gpu, "dtype": precision, "threads": torch.get_num_threads()}
-    print(json.dumps(facts), flush=True)
-
-    @torch.inference_mode()
-    def measure(load: str, seconds: float) -> dict[str, float]:
-        texts = [text.replace(FRESH, fresh_words(0)) for request in request_texts(load) for text in request]
-        size, batches, times = LOADS[load].bare_batch, [], list[float]()
-        for start in range(0, len(texts) - size + 1, size):
-            features = model.preprocess(texts[start : start + size])
-            batches.append({k: v.to(kind) if isinstance(v, torch.Tensor) else v for k, v in features.items()})
-        deadline = time.perf_counter() + seconds
-        while not times or time.perf_counter() < deadline:
-            started = time.perf_counter()
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=autocast):
-                model(dict(batches[len(times) % len(batches)]))["sentence_embedding"].cpu()  # .cpu() waits for a GPU
-            times.append(time.perf_counter() - started)
-        return {"bare_texts_per_s": size * len(times) / sum(times), "bare_p50_ms": statistics.median(times) * 1000}
-
-    for line in sys.stdin:
-        print(json.dumps(measure(**json.loads(line))), flush=True)
 
 
 # The processes, as the one that asks sees them.
@@ -186,8 +106,16 @@ class Server(Child):
 
 
 class Bare(Child):
-    def __init__(self, model: str, device: str, dtype: str, folder: Path) -> None:
-        command = [sys.executable, __file__, "--model", model, "--bare", device, dtype]
+    def __init__(self, model: str, facts: dict[str, Any], folder: Path) -> None:
+        """`facts` is what the server says of its model; empty for a peer."""
+        device = str(facts.get("device", "auto"))
+        device = device if device.startswith(("cpu", "cuda", "mps")) else "auto"
+        arguments = [
+            model,
+            device,
+            *(facts.get(k, v) for k, v in {"dtype": "auto", "backend": "torch", "output": ""}.items()),
+        ]
+        command = [sys.executable, str(Path(__file__).with_name("bench_bare.py")), *arguments]
         super().__init__("the bare model", command, folder / "bare.log", piped=True)
 
     def answer(self) -> dict[str, Any]:
@@ -214,16 +142,16 @@ class Client:
     def prepare(self, name: str) -> None:
         """Write the load's bodies, and see that the server answers one of them as it should."""
         fields = {"model": self.model, "encoding_format": "base64"}
-        bodies = [json.dumps({**fields, "input": texts}) for texts in request_texts(name)]
+        bodies = [json.dumps({**fields, "input": inputs}) for inputs in request_inputs(name)]
         (self.folder / name).write_text("\n".join([" ".join(WORDS), *bodies]) + "\n")
         content, headers = bodies[-1].replace(FRESH, fresh_words(-1)), {"Content-Type": "application/json"}
         try:
             reply = httpx.post(self.url, content=content, headers=headers, timeout=STALL_S, trust_env=False)
         except httpx.HTTPError as error:
             raise BenchError(f"no reply from {self.url}: {error!r}") from error
-        if reply.status_code != 200 or len(reply.json()["data"]) != LOADS[name].texts:
+        if reply.status_code != 200 or len(reply.json()["data"]) != LOADS[name].inputs:
             raise BenchError(
-                f"{self.url} answered {LOADS[name].texts} texts with {reply.status_code}: {reply.text[:300]}"
+                f"{self.url} answered {LOADS[name].inputs} inputs with {reply.status_code}: {reply.text[:300]}"
             )
         if not isinstance(reply.json()["data"][0]["embedding"], str):
             say("the server does not heed `encoding_format: base64`")
@@ -268,13 +196,13 @@ def measure(name: str, seconds: float, rounds: int, bare: Bare, client: Client) 
     for _ in range(rounds):
         row = bare.ask(name, seconds) | client.run(name, seconds)
         row["requests_per_s"] = row["requests"] / row["seconds"] if row["requests"] else 0.0
-        row["texts_per_s"] = row["requests_per_s"] * LOADS[name].texts
-        row["ratio"] = row["texts_per_s"] / row["bare_texts_per_s"]
+        row["inputs_per_s"] = row["requests_per_s"] * LOADS[name].inputs
+        row["ratio"] = row["inputs_per_s"] / row["bare_inputs_per_s"]
         if name == "short-1":
             row["p50_ratio"] = row["p50_ms"] / row["bare_p50_ms"]
         if client.server:
             row["rss_mib"] = client.server.rss_mib()
-        say(f"{name}: {row['texts_per_s']:.0f} texts/s, bare {row['bare_texts_per_s']:.0f}, errors {row['errors']}")
+        say(f"{name}: {row['inputs_per_s']:.0f} inputs/s, bare {row['bare_inputs_per_s']:.0f}, errors {row['errors']}")
         rows.append(row)
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     return {"load": asdict(LOADS[name]), **medians, "errors": sum(row["errors"] for row in rows), "rounds": rows}
@@ -306,8 +234,8 @@ def machine() -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    columns = ["requests_per_s", "texts_per_s", "p50_ms", "p99_ms", "errors"]
-    columns += ["bare_texts_per_s", "bare_p50_ms", "ratio", "p50_ratio", "rss_mib"]
+    columns = ["requests_per_s", "inputs_per_s", "p50_ms", "p99_ms", "errors"]
+    columns += ["bare_inputs_per_s", "bare_p50_ms", "ratio", "p50_ratio", "rss_mib"]
     titles = [column.replace("_per_s", "/s").replace("_", " ") for column in columns]
 
     def cell(value: float | None) -> str:
@@ -334,9 +262,8 @@ def bench(options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
         started_mib = server.rss_mib()
     url = url.rstrip("/") if url.endswith("/embeddings") else url.rstrip("/").removesuffix("/v1") + "/v1/embeddings"
     say("loading the bare model")
-    device = str(facts.get("device", "auto"))
-    device = device if device.startswith(("cpu", "cuda", "mps")) else "auto"
-    bare = Bare(options.model, device, str(facts.get("dtype", "auto")), folder)
+    loads = options.loads or list(PAGE_LOADS if "image" in facts.get("modalities", ()) else TEXT_LOADS)
+    bare = Bare(options.model, facts, folder)
     stack.callback(bare.stop)
     client = Client(url, model, folder, server)
     report: dict[str, Any] = {
@@ -344,7 +271,7 @@ def bench(options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
         "machine": machine(),
         "server": facts or {"url": url},
         "bare": bare.answer(),
-        "loads": {name: measure(name, options.seconds, options.rounds, bare, client) for name in options.loads},
+        "loads": {name: measure(name, options.seconds, options.rounds, bare, client) for name in loads},
     }
     if server:
         report["memory"] = {"started_mib": started_mib, "loaded_mib": server.rss_mib()}
@@ -363,13 +290,16 @@ def parse() -> argparse.Namespace:
     add("--peer-model", metavar="NAME", help="the model's name in requests to the peer (default: --model)")
     add("--seconds", type=float, default=10.0, help="of each run (%(default)s)")
     add("--rounds", type=int, default=3, help="runs of each load, bare model and server in turn (%(default)s)")
-    add("--loads", default=",".join(LOADS), help="which, by comma (%(default)s)")
+    add(
+        "--loads",
+        default="",
+        help=f"of {', '.join(LOADS)}, by comma (default: all of texts, or of pages if it takes them)",
+    )
     add("--soak", type=int, default=0, metavar="N", help="at the end send N short requests and compare memory")
     add("--quick", action="store_true", help="a smoke run: --seconds 1 --rounds 1")
     add("--json", type=Path, metavar="PATH", help="write every round, and what machine it was, to this file")
-    add("--bare", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.loads = options.loads.split(",")
+    options.loads = options.loads.split(",") if options.loads else []
     if unknown := set(options.loads) - set(LOADS):
         parser.error(f"--loads: there is no {', '.join(unknown)}; there are {', '.join(LOADS)}")
     if options.soak and (options.peer or options.soak < 20):
@@ -381,8 +311,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.bare:
-        return bare_main(options.model, *options.bare)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: terminated"))
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

@@ -14,8 +14,14 @@ from mlx_embeddings_backends.base import Backend, DType, Item, LoadOptions, Trun
 Rows = NDArray[np.float32]  # [texts, dimensions]
 
 
-def load(folder: Path, dtype: DType | Literal["auto"] = "float32", device: str = "cpu") -> Backend:
-    return detect.load(detect.choose(folder), folder, LoadOptions(device=device, dtype=dtype))
+def load(
+    folder: Path,
+    dtype: DType | Literal["auto"] = "float32",
+    device: str = "cpu",
+    backend: Literal["torch", "mlx"] = "torch",
+) -> Backend:
+    choice = detect.choose(folder, backend, allow_unverified=backend == "mlx")
+    return detect.load(choice, folder, LoadOptions(device=device, dtype=dtype))
 
 
 def reference(folder: Path) -> SentenceTransformer:
@@ -26,7 +32,9 @@ def reference(folder: Path) -> SentenceTransformer:
 def embed(backend: Backend, items: Sequence[Item | str], truncate: Truncate = "none") -> Rows:
     """All items in one padded batch, as `run` gives them."""
     made = [item if isinstance(item, Item) else Item(item) for item in items]
-    return backend.run(backend.collate(backend.prepare(made, truncate)))
+    rows = backend.run(backend.collate(backend.prepare(made, truncate)))
+    assert isinstance(rows, np.ndarray)
+    return rows
 
 
 def embed_singly(backend: Backend, items: Sequence[Item | str], truncate: Truncate = "none") -> Rows:

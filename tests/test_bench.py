@@ -15,6 +15,6 @@ def test_a_quick_run_reports_the_server_and_the_bare_model(tmp_path: Path) -> No
     report = json.loads((tmp_path / "report.json").read_text())
     load = report["loads"]["short-1"]
     assert load["requests"] > 0 and load["errors"] == 0
-    assert load["ratio"] == load["texts_per_s"] / load["bare_texts_per_s"]
+    assert load["ratio"] == load["inputs_per_s"] / load["bare_inputs_per_s"]
     assert report["soak"]["requests"] == 40
     assert "| short-1 |" in done.stdout

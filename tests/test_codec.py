@@ -1,6 +1,7 @@
 """Rows survive the wire."""
 
 import base64
+from typing import Any
 
 import numpy as np
 import orjson
@@ -10,33 +11,50 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from mlx_embeddings_server.codec import embedding_list, encode_rows, quantize
+from mlx_embeddings_server.codec import EncodingFormat, embedding_list, encode_inputs, quantize
 
 floats = st.floats(-1e6, 1e6, width=32, allow_nan=False)
 matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=floats)
 
 
-def embeddings(body: bytes) -> list[object]:
-    return [item["embedding"] for item in orjson.loads(body)["data"]]
+def embeddings(
+    rows: NDArray[Any], encoding_format: EncodingFormat, lengths: list[int] | None = None
+) -> list[dict[str, Any]]:
+    """`data` of the reply, as a client reads it."""
+    values = encode_inputs(rows, lengths, encoding_format)
+    body = b"".join(embedding_list(values, model="m", usage={}))
+    return list(orjson.loads(body)["data"])
 
 
 @given(matrices)
 def test_json_floats_read_back_bit_for_bit(rows: NDArray[np.float32]) -> None:
-    body = embedding_list(quantize(rows, "float"), "float", model="m", usage={})
-    assert np.array_equal(np.array(embeddings(body), dtype=np.float32), rows)
+    read = [each["embedding"] for each in embeddings(quantize(rows, "float"), "float")]
+    assert np.array_equal(np.array(read, dtype=np.float32), rows)
 
 
 @given(matrices)
 def test_base64_is_little_endian_float32(rows: NDArray[np.float32]) -> None:
-    encoded = encode_rows(quantize(rows, "float"), "base64")
-    decoded = [np.frombuffer(base64.b64decode(each), dtype="<f4") for each in encoded]
+    encoded = embeddings(quantize(rows, "float"), "base64")
+    decoded = [np.frombuffer(base64.b64decode(each["embedding"]), dtype="<f4") for each in encoded]
     assert np.array_equal(np.stack(decoded), rows)
 
 
 @given(matrices)
 def test_a_slice_of_columns_is_encoded_as_if_it_stood_alone(rows: NDArray[np.float32]) -> None:
     half = rows[:, : max(1, rows.shape[1] // 2)]
-    assert encode_rows(quantize(half, "float"), "base64") == encode_rows(half.copy(), "base64")
+    assert embeddings(quantize(half, "float"), "base64") == embeddings(half.copy(), "base64")
+
+
+@given(matrices, st.data())
+def test_vectors_of_several_inputs_come_apart_again(rows: NDArray[np.float32], data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(rows) - 1))) if len(rows) > 1 else [])
+    parts = np.split(rows, cuts)
+    lengths = [len(part) for part in parts]
+    for part, each in zip(parts, embeddings(rows, "float", lengths), strict=True):
+        assert np.array_equal(np.array(each["embedding"], dtype=np.float32), part)
+    for part, each in zip(parts, embeddings(quantize(rows, "int8"), "base64", lengths), strict=True):
+        assert each["shape"] == list(part.shape)
+        assert base64.b64decode(each["embedding"]) == quantize(part, "int8").tobytes()
 
 
 @given(matrices)
@@ -74,7 +92,7 @@ def test_int8_keeps_the_cosine_of_a_unit_vector() -> None:
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "binary", "ubinary"])
 def test_quantised_rows_travel_as_integers_and_as_bytes(dtype: str) -> None:
     rows = quantize(np.array([[0.5, -0.25, 0.0, 1.0]], dtype=np.float32), dtype)  # type: ignore[arg-type]
-    [numbers] = embeddings(embedding_list(rows, "float", model="m", usage={}))
-    [text] = embeddings(embedding_list(rows, "base64", model="m", usage={}))
-    assert numbers == rows[0].tolist()
-    assert base64.b64decode(str(text)) == rows[0].tobytes()
+    [numbers] = embeddings(rows, "float")
+    [text] = embeddings(rows, "base64")
+    assert numbers["embedding"] == rows[0].tolist()
+    assert base64.b64decode(text["embedding"]) == rows[0].tobytes()

@@ -87,7 +87,7 @@ def test_json_of_another_shape_is_refused_like_any_other(config: object, tmp_pat
     ("files", "words"),
     [
         ({}, "no config.json"),
-        ({"adapter_config.json": {"peft_type": "LORA"}}, "adapter without its base model"),
+        ({"adapter_config.json": {"peft_type": "LORA"}}, "no config.json"),
         ({"modules.json": [TRANSFORMER]}, "no config.json"),
         ({"modules.json": "[{"}, "modules.json is not JSON"),
         ({"modules.json": {}}, "not a list of modules"),
@@ -150,10 +150,91 @@ def test_an_activation_that_is_not_of_torch_nn_is_refused(name: str | None, tmp_
 
 
 def test_mlx_says_what_to_use_instead(tmp_path: Path) -> None:
-    write(tmp_path, "config.json", {"model_type": "bert"})
-    with pytest.raises(UnsupportedModel, match="'bert': use --backend torch"):
+    write(tmp_path, "config.json", {"model_type": "t5"})
+    with pytest.raises(UnsupportedModel, match="'t5': use --backend torch"):
         detect.choose(tmp_path, backend="mlx")
     assert detect.choose(tmp_path, backend="torch").reason == "asked for"
+    assert detect.choose(tmp_path).reason == "the MLX backend has no 't5'"
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "backend"),
+    [("Darwin", "arm64", "mlx"), ("Darwin", "x86_64", "torch"), ("Linux", "aarch64", "torch")],
+)
+def test_apple_silicon_chooses_mlx_for_what_it_has(
+    system: str, machine: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    write(tmp_path, "config.json", {"model_type": "bert"})
+    assert detect.choose(tmp_path).backend == "torch"  # which takes pickles, and tokenizers of other files
+    (tmp_path / "tokenizer.json").touch()
+    (tmp_path / "model.safetensors").touch()
+    assert detect.choose(tmp_path).backend == backend
+    assert detect.choose(write(tmp_path, "config.json", {"model_type": "t5"})).backend == "torch"
+
+
+@pytest.mark.parametrize(("model_type", "backend"), [("lfm2", "mlx"), ("wav2vec2", "torch")])
+def test_what_no_test_holds_to_its_reference_has_to_be_asked_for(model_type: str, backend: str, tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {"model_type": model_type})
+    with pytest.raises(UnsupportedModel, match=f"'{model_type}': --allow-unverified"):
+        detect.choose(tmp_path, backend)
+    assert not detect.choose(tmp_path, backend, allow_unverified=True).verified
+
+
+def test_own_code_is_not_run_when_that_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {"model_type": "new", "auto_map": {"AutoModel": "modeling.New"}})
+    with pytest.raises(UnsupportedModel, match="brings its own code"):
+        detect.choose(tmp_path, allow_unverified=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "model_type": "colqwen2",
+            "architectures": ["ColQwen2ForRetrieval"],
+            "vlm_config": {"model_type": "qwen2_5_vl"},
+        },
+        {"model_type": "colqwen2_5", "vlm_config": {"model_type": "qwen2_5_vl"}},
+        {"model_type": "qwen2_5_vl", "architectures": ["ColQwen2_5"]},
+    ],
+)
+def test_colqwen_goes_by_several_names(config: object, tmp_path: Path) -> None:
+    write(tmp_path, "config.json", config)
+    assert detect.choose(tmp_path).target.endswith("torch.colqwen2_5:TorchColQwen2_5")
+    assert detect.choose(tmp_path, "mlx").target.endswith("mlx.colqwen2_5:MlxColQwen2_5")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "colqwen2", "vlm_config": {"model_type": "qwen2_vl"}},  # ColQwen2
+        {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]},  # answers in words
+    ],
+)
+def test_what_resembles_colqwen_is_not_taken_for_it(config: object, tmp_path: Path) -> None:
+    write(tmp_path, "config.json", config)
+    for backend in ("torch", "mlx"):
+        with pytest.raises(UnsupportedModel, match="does not know"):
+            detect.choose(tmp_path, backend)
+
+
+def test_an_adapter_is_chosen_by_its_base(tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    adapter.mkdir()
+    base.mkdir()
+    write(adapter, "adapter_config.json", {"base_model_name_or_path": "owner/base", "revision": "v1"})
+    write(base, "config.json", {"model_type": "qwen2_5_vl", "architectures": ["ColQwen2_5"]})
+    assert detect.base_of(adapter) == ("owner/base", "v1")
+    assert detect.base_of(base) is None
+    assert "colqwen" in detect.choose(adapter, base=base).target
+    write(base, "config.json", {"model_type": "bert"})
+    with pytest.raises(UnsupportedModel, match="an adapter of 'bert'"):
+        detect.choose(adapter, base=base)
+    write(adapter, "adapter_config.json", {})
+    with pytest.raises(UnsupportedModel, match="names no base model"):
+        detect.base_of(adapter)
 
 
 def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 import asyncio
 import random
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,101 +12,11 @@ from numpy.typing import NDArray
 
 from mlx_embeddings_backends.base import Backend, Item, Prepared
 from mlx_embeddings_backends.errors import DeviceLost, ModelError, ModelNotFound
-from mlx_embeddings_server.engine.engine import Engine, Rows
+from mlx_embeddings_server.engine.engine import Engine, Outcome
 from mlx_embeddings_server.engine.queue import QueueFull
 from mlx_embeddings_server.engine.worker import BatchStats, InferenceFailed, NonFiniteVector, WorkerLost
-from tests.scripted import ScriptedBackend, vector
-
-Result = TypeVar("Result")
-PATIENCE = 30.0  # seconds
-
-
-class Observed(ScriptedBackend):
-    """Writes down what is called, on which thread; `gate` holds `run` up while it is closed."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.running = threading.Event()
-        self.collated = threading.Event()  # set by each `collate`; tests clear it
-        self.batches: list[list[str]] = []
-        self.at_once = self.most_at_once = 0
-        self.threads = {threading.get_ident()}  # that constructed and ran it
-
-    def collate(self, batch: Sequence[Prepared]) -> list[str]:
-        self.collated.set()
-        return super().collate(batch)
-
-    def run(self, batch: list[str]) -> NDArray[np.float32]:
-        self.at_once += 1
-        self.most_at_once = max(self.most_at_once, self.at_once)
-        self.threads.add(threading.get_ident())
-        self.batches.append(batch)
-        self.running.set()
-        assert self.gate.wait(PATIENCE)
-        try:
-            return super().run(batch)
-        finally:
-            self.at_once -= 1
-
-
-@contextmanager
-def loaded(
-    load: Callable[[], Backend] = Observed, *, queue_tokens: int = 100_000, batch_tokens: int = 16
-) -> Iterator[Engine]:
-    engine = Engine("toy", load, queue_tokens=queue_tokens, batch_tokens=batch_tokens)
-    engine.load()
-    backend = engine.backend
-    if isinstance(backend, Observed):  # forget the warm-up
-        backend.batches.clear()
-        backend.running.clear()
-        backend.collated.clear()
-    try:
-        yield engine
-    finally:
-        if isinstance(backend, Observed):
-            backend.gate.set()
-        engine.stop()
-        assert engine.join(PATIENCE)
-
-
-def observed(engine: Engine) -> Observed:
-    backend = engine.backend
-    assert isinstance(backend, Observed)
-    return backend
-
-
-def embed(engine: Engine, *texts: str) -> Awaitable[Rows]:
-    return engine.run(ScriptedBackend().prepare([Item(text) for text in texts]))
-
-
-def run(work: Awaitable[Result]) -> Result:
-    async def limited() -> Result:
-        return await asyncio.wait_for(work, PATIENCE)
-
-    return asyncio.run(limited())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
-
-
-async def hold(engine: Engine) -> asyncio.Task[Rows]:
-    """Close the gate with one item behind it: what comes next waits until the gate is opened."""
-    backend = observed(engine)
-    backend.gate.clear()
-    backend.running.clear()
-    held = asyncio.ensure_future(embed(engine, "held"))
-    await until(backend.running.is_set)
-    return held
-
-
-def expected(*texts: str) -> NDArray[np.float32]:
-    return np.stack([vector(text) for text in texts])
-
+from tests.engines import PATIENCE, Observed, embed, expected, hold, loaded, observed, run, until
+from tests.scripted import ScriptedBackend
 
 # Order and threads
 
@@ -121,13 +28,13 @@ def test_rows_come_in_the_order_of_the_items_under_many_requests() -> None:
         for number in range(200)
     ]
 
-    async def work(engine: Engine) -> list[Rows]:
+    async def work(engine: Engine) -> list[Outcome]:
         return await asyncio.gather(*(embed(engine, *texts) for texts in requests))
 
     with loaded(batch_tokens=256) as engine:
         backend = observed(engine)
         for texts, result in zip(requests, run(work(engine)), strict=True):
-            assert result.vectors.dtype == np.float32
+            assert {row.dtype for row in result.vectors} == {np.dtype(np.float32)}
             assert_array_equal(result.vectors, expected(*texts))
         assert sorted(sum(backend.batches, [])) == sorted(sum(requests, []))  # each item once
         assert backend.most_at_once == 1
@@ -275,7 +182,7 @@ def test_the_bad_item_alone_fails(bad: str, error: type[Exception], place: int) 
         results = await asyncio.gather(held, several, *requests, return_exceptions=True)
         assert isinstance(results[1], error) and isinstance(results.pop(place + 2), error)
         for text, result in zip([each for each in texts if each != bad], results[2:], strict=True):
-            assert isinstance(result, Rows)
+            assert isinstance(result, Outcome)
             assert_array_equal(result.vectors, expected(text))
         assert not engine.queue.waiting and engine.state == "ready" and engine.restarts == 0
 
@@ -299,7 +206,7 @@ def test_what_was_done_before_the_worker_died_is_not_lost() -> None:
         await held
         assert isinstance(failed, InferenceFailed) and isinstance(lost, WorkerLost)
         for texts, result in ((("good",), good), (("first", "second"), both), (("last",), last)):
-            assert isinstance(result, Rows), result
+            assert isinstance(result, Outcome), result
             assert_array_equal(result.vectors, expected(*texts))
         await until(lambda: engine.state == "ready")
         assert engine.restarts == 2
@@ -313,7 +220,7 @@ def test_many_inputs_that_kill_the_worker_do_not_end_it() -> None:
         killers = [embed(engine, f"lost {number}") for number in range(6)]
         *lost, good = await asyncio.gather(*killers, embed(engine, "good"), return_exceptions=True)
         assert {type(result) for result in lost} == {WorkerLost}
-        assert isinstance(good, Rows), good
+        assert isinstance(good, Outcome), good
         await until(lambda: engine.state == "ready")
 
     with loaded(ScriptedBackend, batch_tokens=100) as engine:
@@ -334,7 +241,7 @@ def test_a_collate_that_fails_is_the_items_own_failure() -> None:
         await asyncio.sleep(0.05)
         observed_gate.set()
         results = await asyncio.gather(held, *requests, return_exceptions=True)
-        assert [isinstance(result, Rows) for result in results] == [True] * 9 + [False] + [True] * 9
+        assert [isinstance(result, Outcome) for result in results] == [True] * 9 + [False] + [True] * 9
         assert isinstance(results[9], InferenceFailed)
 
     with loaded(Picky) as engine:

@@ -1,8 +1,9 @@
-"""The contract between the server and a model: `Item` in, `Prepared` through the queue, float32 rows out."""
+"""The contract between the server and a model: `Item` in, `Prepared` through the queue, float32 vectors out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,11 @@ from numpy.typing import NDArray
 Output = Literal["dense", "multi_vector", "sparse", "rerank"]
 Truncate = Literal["none", "end", "start"]
 DType = Literal["float32", "bfloat16", "float16"]
+Role = Literal["query", "document"]
+
+# An array of each item. Dense: [dimensions], best left together as one array [batch, dimensions]; multi_vector:
+# [vectors, dimensions], with as many vectors as the item has tokens.
+Rows = NDArray[np.float32] | Sequence[NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,8 @@ class LoadOptions:
 
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: DType | Literal["auto"] = "auto"
+    max_image_tokens: int | None = None  # fewer than the checkpoint's own limit: less detail, more speed
+    base: Path | None = None  # where the checkpoint is an adapter: the folder of the model that it changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +36,10 @@ class ModelInfo:
     backend: str
     device: str
     dtype: DType  # of the matrix products; rows are always float32
-    dimensions: int
+    dimensions: int  # of one vector
     max_tokens: int  # of one item, special tokens and prompt included
     vocabulary_size: int
-    normalize: bool  # the checkpoint ends in L2 normalisation; `run` leaves that last step to its caller
+    normalize: bool  # every vector ends in L2 normalisation; `run` leaves that last step to its caller
     batch_tokens: int  # the padded tokens a batch that this device runs fastest
     modalities: tuple[str, ...] = ("text",)
     output: Output = "dense"
@@ -40,11 +48,29 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One input: a text, or the model's own token ids (taken as they are, special tokens included)."""
+class EncodedImage:
+    """An image as a file's bytes, which `images.decode` reads, and a text that goes with it."""
 
-    content: str | tuple[int, ...]
-    prompt: str = ""  # put before the text
+    data: bytes
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One input: a text, the model's own token ids (taken as they are, special tokens included), or an image."""
+
+    content: str | tuple[int, ...] | EncodedImage
+    prompt: str = ""  # put before a text
+    role: Role | None = None  # what a text is embedded as, where the model makes a difference beyond the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class PatchGrid:
+    """Which of an item's vectors are patches of its image: `rows` x `columns`, row by row, from the `offset`-th on."""
+
+    rows: int
+    columns: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +81,7 @@ class Prepared:
     tokens: int  # what the device will process for it, padding aside
     truncated: bool = False
     group: Hashable = None  # only items of one group may share a batch
+    patches: PatchGrid | None = None  # of an image, in multi-vector output
 
 
 class Backend(ABC):
@@ -64,15 +91,15 @@ class Backend(ABC):
 
     @abstractmethod
     def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
-        """Tokenise the items, in order. Raises an `InputError`; then none of them is prepared."""
+        """Tokenise texts and preprocess images, in order. Raises an `InputError`; then none of them is prepared."""
 
     @abstractmethod
     def collate(self, batch: Sequence[Prepared]) -> Any:
         """Join prepared items into what `run` takes: padded to the longest of them."""
 
     @abstractmethod
-    def run(self, batch: Any) -> NDArray[np.float32]:
-        """One forward pass on the device: float32 rows, [batch, dimensions], in the order given to `collate`.
+    def run(self, batch: Any) -> Rows:
+        """One forward pass on the device: float32 vectors of each item, in the order given to `collate`.
 
         Raises `DeviceLost` when the device can compute no more.
         """

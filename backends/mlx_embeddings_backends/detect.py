@@ -1,22 +1,42 @@
 """A checkpoint's own files decide which class loads it. Names map to import strings, which are resolved when chosen."""
 
 import importlib
-import json
+import importlib.util
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from mlx_embeddings_backends.base import Backend, LoadOptions
 from mlx_embeddings_backends.errors import MissingDependency, UnsupportedModel
+from mlx_embeddings_backends.files import read_json, read_object
+
+BackendName = Literal["torch", "mlx"]
 
 SENTENCE_TRANSFORMER = "mlx_embeddings_backends.torch.sentence_transformer:SentenceTransformerBackend"
+MLX_TEXT_ENCODER = "mlx_embeddings_backends.mlx.text_encoder:MlxTextEncoder"
 
-# `model_type`s of config.json, each held to sentence-transformers' own vectors by a test.
+# Text encoders by the `model_type` of their config.json, each held to sentence-transformers' own vectors by a test.
 TEXT_ENCODERS = (
     "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "ernie", "gemma3_text", "gpt2", "llama",
     "longformer", "mistral", "modernbert", "mpnet", "mt5", "nomic_bert", "qwen2", "qwen3", "roberta", "t5",
     "xlm-roberta",
 )  # fmt: skip
+MLX_TEXT_ENCODERS = ("bert", "modernbert", "qwen3", "xlm-roberta")
+COLQWEN = "colqwen2_5"
+
+VERIFIED: dict[BackendName, dict[str, str]] = {
+    "torch": dict.fromkeys(TEXT_ENCODERS, SENTENCE_TRANSFORMER)
+    | {COLQWEN: "mlx_embeddings_backends.torch.colqwen2_5:TorchColQwen2_5"},
+    "mlx": dict.fromkeys(MLX_TEXT_ENCODERS, MLX_TEXT_ENCODER)
+    | {
+        COLQWEN: "mlx_embeddings_backends.mlx.colqwen2_5:MlxColQwen2_5",
+        "siglip": "mlx_embeddings_backends.mlx.siglip:MlxSiglip",
+    },
+}
+# What the libraries below have beside those: no test here compares its vectors with anything.
+UNVERIFIED_MLX = dict.fromkeys(("gemma3_text", "lfm2"), MLX_TEXT_ENCODER)
 
 # Modules of modules.json, by class name. sentence-transformers imports whatever class a local folder names, its own
 # .py files too: nothing outside this list and that package gets so far.
@@ -28,17 +48,65 @@ class Choice:
     """The class that will load a checkpoint, and why."""
 
     target: str  # "module:class"
-    backend: Literal["torch", "mlx"]
+    backend: BackendName
     reason: str
+    verified: bool = True  # a test holds the architecture on this backend to the reference implementation
 
 
-def choose(folder: Path, backend: str = "auto") -> Choice:
-    """Read the checkpoint's files. Raises `UnsupportedModel` with what is known, and what was found."""
-    architecture = _text_encoder(folder)
-    if backend == "mlx":
-        raise UnsupportedModel(f"the MLX backend cannot run the architecture {architecture!r}: use --backend torch")
-    reason = "asked for" if backend == "torch" else f"the MLX backend has no {architecture!r}"
-    return Choice(SENTENCE_TRANSFORMER, "torch", reason)
+def base_of(folder: Path) -> tuple[str, str | None] | None:
+    """Id or path, and revision, of the model that the adapter in `folder` was made for. None: it holds no adapter."""
+    if not (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+        return None
+    adapter = read_object(folder / "adapter_config.json")
+    base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    if not isinstance(base, str) or not base:
+        raise UnsupportedModel("this is an adapter whose adapter_config.json names no base model")
+    return base, revision if isinstance(revision, str) else None
+
+
+def choose(folder: Path, backend: str = "auto", *, base: Path | None = None, allow_unverified: bool = False) -> Choice:
+    """Read the checkpoint's files. Raises `UnsupportedModel` with what is known, and what was found.
+
+    `base` is the folder of what `base_of` names. MLX is chosen by itself on Apple silicon, for what is verified there.
+    """
+    architecture = _adapted(base) if base is not None else _architecture(folder)
+    if backend == "auto":
+        name, reason = _choose_backend(architecture, [folder] if base is None else [folder, base])
+    else:
+        name, reason = cast(BackendName, backend), "asked for"
+    if target := VERIFIED[name].get(architecture):
+        return Choice(target, name, reason)
+    unverified = UNVERIFIED_MLX.get(architecture) if name == "mlx" else SENTENCE_TRANSFORMER
+    if unverified is not None and allow_unverified:
+        return Choice(unverified, name, reason, verified=False)
+    raise UnsupportedModel(_refusal(architecture, name, has_unverified=unverified is not None))
+
+
+def _choose_backend(architecture: str, folders: Sequence[Path]) -> tuple[BackendName, str]:
+    if architecture not in VERIFIED["mlx"]:
+        return "torch", f"the MLX backend has no {architecture!r}"
+    if architecture not in VERIFIED["torch"]:
+        return "mlx", f"the torch backend has no {architecture!r}"
+    if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
+        return "torch", "no Apple silicon here"
+    if importlib.util.find_spec("mlx") is None:
+        return "torch", "mlx is not installed"
+    # Of an adapter the weights are its base's, and the tokenizer may be.
+    for needed, places in (("tokenizer.json", folders), ("*.safetensors", folders[-1:])):
+        if not any(any(place.rglob(needed)) for place in places):
+            return "torch", f"the MLX backend needs {needed}"
+    return "mlx", "Apple silicon"
+
+
+def _refusal(architecture: str, backend: BackendName, *, has_unverified: bool) -> str:
+    others = [name for name, known in VERIFIED.items() if architecture in known]
+    remedy = f": use --backend {others[0]}" if others else ""
+    if has_unverified:
+        remedy += (" or " if remedy else ": ") + (
+            "--allow-unverified tries it, with no test that its vectors are the reference implementation's"
+        )
+    known = ", ".join(sorted(VERIFIED[backend]))
+    return f"the {backend} backend does not know the architecture {architecture!r}{remedy}. Known: {known}"
 
 
 def load(choice: Choice, folder: Path, options: LoadOptions) -> Backend:
@@ -53,20 +121,26 @@ def load(choice: Choice, folder: Path, options: LoadOptions) -> Backend:
     return cast(Backend, getattr(module, class_name)(folder, options))
 
 
-def _text_encoder(folder: Path) -> str:
-    """The `model_type` of a text encoder, once everything around it is known to be one that is run as it should be."""
+def _architecture(folder: Path) -> str:
+    """What the checkpoint is, once everything around it is known to be run as it should be."""
     if not (folder / "modules.json").exists():
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise UnsupportedModel("this is an adapter without its base model: adapters cannot be served")
-        return _architecture(folder / "config.json")
-    modules = _read_json(folder / "modules.json")
+        return _of_config(folder / "config.json")
+    modules = read_json(folder / "modules.json")
     if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
         raise UnsupportedModel("modules.json is not a list of modules")
     for module in modules:
         _check_module(folder, module)
     if _class_name(modules[0]) != "Transformer":
         raise UnsupportedModel("the first module of modules.json must be a Transformer")
-    return _architecture(_inside(folder, modules[0]) / "config.json")
+    return _of_config(_inside(folder, modules[0]) / "config.json")
+
+
+def _adapted(base: Path) -> str:
+    """What an adapter makes of its base: the base need not be a whole ColQwen2.5 if the adapter brings the rest."""
+    architecture = _architecture(base)
+    if architecture not in (COLQWEN, "qwen2_5_vl"):
+        raise UnsupportedModel(f"this is an adapter of {architecture!r}: only those of {COLQWEN!r} are known")
+    return COLQWEN
 
 
 def _check_module(folder: Path, module: dict[str, Any]) -> None:
@@ -74,7 +148,7 @@ def _check_module(folder: Path, module: dict[str, Any]) -> None:
     if not kind.startswith("sentence_transformers.") or _class_name(module) not in MODULES:
         raise UnsupportedModel(f"modules.json names {kind!r}; known modules: {', '.join(MODULES)}")
     if _class_name(module) == "Dense":
-        activation = _read_object(_inside(folder, module) / "config.json").get("activation_function", "torch.nn.Tanh")
+        activation = read_object(_inside(folder, module) / "config.json").get("activation_function", "torch.nn.Tanh")
         # sentence-transformers would put Tanh in its place: other vectors, without an error.
         if not str(activation).startswith("torch.nn."):
             raise UnsupportedModel(f"a Dense module has the activation {activation!r}, which is not one of torch.nn")
@@ -91,31 +165,23 @@ def _class_name(module: dict[str, Any]) -> str:
     return str(module.get("type", "")).rpartition(".")[2]
 
 
-def _architecture(config_file: Path) -> str:
-    config = _read_object(config_file)
+def _of_config(config_file: Path) -> str:
+    """`model_type`; ColQwen2.5 goes by several, and under one that others go by too."""
+    config = read_object(config_file)
     model_type, listed = config.get("model_type"), config.get("architectures")
     architectures = [str(name) for name in listed] if isinstance(listed, list) else []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         raise UnsupportedModel(
             f"{architectures[0]} scores pairs of texts (a reranker or classifier): it has no embeddings"
         )
-    if model_type not in TEXT_ENCODERS:
-        own_code = " It brings its own code, which this server never runs." if config.get("auto_map") else ""
-        raise UnsupportedModel(f"unknown architecture {model_type!r}.{own_code} Known: {', '.join(TEXT_ENCODERS)}")
+    inner = config.get("vlm_config")
+    if isinstance(inner, dict) and inner.get("model_type") == "qwen2_5_vl":
+        return COLQWEN  # transformers' layout, model_type colqwen2 or colqwen2_5
+    if model_type == "qwen2_5_vl" and "ColQwen2_5" in architectures:
+        return COLQWEN  # colpali-engine's layout
+    known = sorted({name for names in VERIFIED.values() for name in names})
+    if config.get("auto_map") and str(model_type) not in known:
+        raise UnsupportedModel(
+            f"{model_type!r} brings its own code, which this server never runs. Known: {', '.join(known)}"
+        )
     return str(model_type)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    content = _read_json(file)
-    if not isinstance(content, dict):
-        raise UnsupportedModel(f"{file.name} is not a JSON object")
-    return content
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UnsupportedModel(f"the model's folder has no {file.name}") from None
-    except ValueError as error:
-        raise UnsupportedModel(f"{file.name} is not JSON: {error}") from error

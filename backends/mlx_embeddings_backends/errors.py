@@ -1,6 +1,7 @@
 """What can go wrong with a model. Load-time errors say what to type; input errors say which item was at fault."""
 
 from collections.abc import Sequence
+from typing import Self
 
 
 class ModelError(Exception):
@@ -22,6 +23,13 @@ class MissingDependency(ModelError):
 class InputError(Exception):
     """An item that the model cannot take. `index` is its place in the list given to `prepare`."""
 
+    index = 0
+
+    def within(self, places: Sequence[int]) -> Self:
+        """The same error, where the items given to `prepare` were those at `places` of a longer list."""
+        self.index = places[self.index]
+        return self
+
 
 class InputTooLong(InputError):
     """Items longer than the model takes, where cutting them was not asked for, or would leave none of the text.
@@ -36,6 +44,10 @@ class InputTooLong(InputError):
         self.max_tokens = max_tokens
         self.prompt_fills = prompt_fills
 
+    def within(self, places: Sequence[int]) -> Self:
+        self.lengths = [(places[index], tokens) for index, tokens in self.lengths]
+        return self
+
 
 class InvalidTokenId(InputError):
     """A token id outside [0, vocabulary_size)."""
@@ -47,11 +59,23 @@ class InvalidTokenId(InputError):
         self.vocabulary_size = vocabulary_size
 
 
+class ReservedTokenId(InvalidTokenId):
+    """A token id that stands for a part of an image: only the model's own image format may place it."""
+
+
 class EmptyInput(InputError):
     """A text of which the tokenizer leaves nothing, such as white space alone."""
 
     def __init__(self, index: int) -> None:
         super().__init__("the text gives no tokens")
+        self.index = index
+
+
+class InvalidImage(InputError):
+    """Bytes that are no image, or one that is not taken. The message is for the caller."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
         self.index = index
 
 

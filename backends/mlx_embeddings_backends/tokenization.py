@@ -37,38 +37,47 @@ class TextTokenizer:
         self._prefix = probe.ids[:before]
         self._suffix = probe.ids[len(probe.ids) - after :]
 
-    def encode(self, items: Sequence[Item], truncate: Truncate) -> list[Tokens]:
-        """In the order of the items. Raises `InputTooLong`, `InvalidTokenId` or `EmptyInput`."""
+    def encode(self, items: Sequence[Item], truncate: Truncate, reserved: Sequence[int] = ()) -> list[Tokens]:
+        """In the order of the items. Raises `InputTooLong`, `InvalidTokenId` or `EmptyInput`.
+
+        `reserved` counts, for each item, the tokens that the caller puts around it: they take of `max_tokens` too.
+        """
+        reserved = reserved or [0] * len(items)
         tokens: list[Tokens] = []
         too_long: list[tuple[int, int]] = []
-        for index, (text, ids) in enumerate(self._ids(items, truncate)):
+        for index, (text, ids) in enumerate(self._ids(items, truncate, reserved)):
             if text is None:
                 self._check_vocabulary(index, ids)
             if not ids:
                 raise EmptyInput(index)
             kept: Sequence[int] = ids
-            if len(ids) > self.max_tokens:
-                kept = [] if truncate == "none" else self._cut(ids, text, len(items[index].prompt), truncate)
+            room = self.max_tokens - reserved[index]
+            if len(ids) > room:
+                kept = [] if truncate == "none" else self._cut(ids, text, len(items[index].prompt), truncate, room)
             if not kept:
-                too_long.append((index, len(ids)))
+                too_long.append((index, len(ids) + reserved[index]))
             tokens.append(Tokens(np.array(kept, dtype=np.int64), truncated=len(kept) < len(ids)))
         if too_long:
             raise InputTooLong(too_long, self.max_tokens, prompt_fills=truncate != "none")
         return tokens
 
-    def _ids(self, items: Sequence[Item], truncate: Truncate) -> Iterator[tuple[str | None, Sequence[int]]]:
+    def _ids(
+        self, items: Sequence[Item], truncate: Truncate, reserved: Sequence[int]
+    ) -> Iterator[tuple[str | None, Sequence[int]]]:
         """Each item's text, if it has one, and its ids. A few at a time: a token takes 400 bytes until it is an id."""
+        rooms = iter([self.max_tokens - each for each in reserved])
         for chunk in _chunks(items):
             texts = [self._beginning_or_end(item, truncate) for item in chunk]
             # The fast variant leaves out the offsets, which only cutting needs.
             encodings = iter(self._tokenizer.encode_batch_fast([text for text in texts if text is not None]))
             for item, text in zip(chunk, texts, strict=True):
+                room = next(rooms)
                 if not isinstance(item.content, str) or text is None:
                     yield None, cast(tuple[int, ...], item.content)
                     continue
                 ids = next(encodings).ids
                 is_part = len(text) < len(item.prompt) + len(item.content)
-                if is_part and len(ids) <= self.max_tokens:  # white space, say, of which no tokens are made
+                if is_part and len(ids) <= room:  # white space, say, of which no tokens are made
                     text = item.prompt + item.content
                     ids = self._tokenizer.encode(text).ids
                 yield text, ids
@@ -92,8 +101,10 @@ class TextTokenizer:
             if not 0 <= token_id < self.vocabulary_size:
                 raise InvalidTokenId(index, token_id, self.vocabulary_size)
 
-    def _cut(self, ids: Sequence[int], text: str | None, prompt_length: int, truncate: Truncate) -> Sequence[int]:
-        """Cut the content to fit; the special tokens around it stay, and so does the prompt before it.
+    def _cut(
+        self, ids: Sequence[int], text: str | None, prompt_length: int, truncate: Truncate, room: int
+    ) -> Sequence[int]:
+        """Cut the content to fit into `room`; the special tokens around it stay, and so does the prompt before it.
 
         Empty where these leave no room for content.
         """
@@ -108,7 +119,7 @@ class TextTokenizer:
             after = len(self._suffix) if list(ids[length - len(self._suffix) :]) == self._suffix else 0
         start, end = before + prompt_tokens, length - after
         head, content, tail = list(ids[:start]), list(ids[start:end]), list(ids[end:])
-        room = self.max_tokens - len(head) - len(tail)
+        room -= len(head) + len(tail)
         if room <= 0:
             return []
         return head + (content[:room] if truncate == "end" else content[-room:]) + tail
@@ -118,7 +129,7 @@ def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
     """The items in runs of some 250,000 characters."""
     start, characters = 0, 0
     for end, item in enumerate(items, 1):
-        characters += len(item.prompt) + len(item.content)
+        characters += len(item.prompt) + len(cast(str | tuple[int, ...], item.content))
         if characters >= 250_000 or end == len(items):
             yield items[start:end]
             start, characters = end, 0

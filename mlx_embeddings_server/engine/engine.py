@@ -1,24 +1,67 @@
-"""Joins queue and worker: prepared items in, float32 rows out."""
+"""Joins queue and worker: prepared items in, float32 vectors out."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_embeddings_backends.base import Backend, ModelInfo, Prepared
-from mlx_embeddings_server.engine.queue import Queue, Ticket
+from mlx_embeddings_server.engine.queue import Queue, QueueFull, Ticket
 from mlx_embeddings_server.engine.worker import BatchStats, State, Worker, WorkerLost
+
+# Seconds between two looks whether there is room again for the rest of a request.
+_ROOM_PAUSE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """One request's vectors, in the order of its items: float32, [items, dimensions]."""
+class Outcome:
+    """One request's vectors, in the order of its items: float32, [dimensions] or [vectors, dimensions] each."""
 
-    vectors: NDArray[np.float32]
+    vectors: list[NDArray[np.float32]]
     queue_seconds: float
     inference_seconds: float
+
+
+class Request:
+    """Items of one request, admitted as they get ready: the first run while the last are still being prepared."""
+
+    def __init__(self, engine: "Engine", ticket: Ticket) -> None:
+        self._engine = engine
+        self._ticket = ticket
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether one of its items has: those that are not prepared yet need not be."""
+        return self._ticket.error is not None
+
+    def admit(self, prepared: Sequence[Prepared], places: Sequence[int]) -> None:
+        """Items that the request has at `places`. Raises `QueueFull` or `WorkerLost`."""
+        self._engine.queue.admit(prepared, self._ticket, places)
+        if self._engine.state in (
+            "dead",
+            "stopped",
+        ):  # after admitting: a worker that dies later fails what waits itself
+            raise WorkerLost("the model's worker is dead")
+
+    async def admit_when_there_is_room(self, prepared: Sequence[Prepared], places: Sequence[int]) -> None:
+        """The same, but a full queue refuses only the request's first items: what has begun is carried through."""
+        while True:
+            try:
+                return self.admit(prepared, places)
+            except QueueFull:
+                if not self._ticket.admitted:
+                    raise
+            await asyncio.sleep(_ROOM_PAUSE)
+
+    async def result(self) -> Outcome:
+        """Wait for all items. Raises what failed the first of them."""
+        ticket = self._ticket
+        await ticket.future
+        return Outcome(cast(list[NDArray[np.float32]], ticket.rows), ticket.queue_seconds, ticket.inference_seconds)
 
 
 class Engine:
@@ -77,24 +120,23 @@ class Engine:
             )
         return backend
 
-    async def run(self, prepared: Sequence[Prepared]) -> Rows:
-        """Wait for the rows of all items. Raises `QueueFull`, or what failed the first of them.
-
-        Cancelling takes the items that still wait out of the queue.
-        """
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(future, rows=[None] * len(prepared), left=len(prepared))
-        self.queue.admit(prepared, ticket)
-        if self.state in ("dead", "stopped"):  # after admitting: a worker that dies later fails what waits itself
-            self.queue.discard(ticket)
-            raise WorkerLost("the model's worker is dead")
+    @contextmanager
+    def request(self, items: int) -> Iterator[Request]:
+        """A request of so many items. Leaving takes what still waits of it out of the queue."""
+        ticket = Ticket(asyncio.get_running_loop().create_future(), rows=[None] * items, left=items)
         try:
-            await future
-        except BaseException:  # cancelled, or one item failed: the others are not wanted any more
-            self.queue.discard(ticket)
-            raise
-        vectors = np.stack([row for row in ticket.rows if row is not None])
-        return Rows(vectors, ticket.queue_seconds, ticket.inference_seconds)
+            yield Request(self, ticket)
+        finally:
+            if ticket.left:  # cancelled, or an item failed: the others are not wanted any more
+                self.queue.discard(ticket)
+                if not ticket.future.cancel() and not ticket.future.cancelled():
+                    ticket.future.exception()  # looked at: else asyncio logs that nobody did
+
+    async def run(self, prepared: Sequence[Prepared]) -> Outcome:
+        """A request whose items are all prepared. Raises `QueueFull`, or what failed the first of them."""
+        with self.request(len(prepared)) as request:
+            request.admit(prepared, range(len(prepared)))
+            return await request.result()
 
     def stop(self) -> None:
         """Fail every request that is not answered yet; the worker ends after the batch that runs."""

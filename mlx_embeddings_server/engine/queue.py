@@ -26,12 +26,13 @@ class QueueFull(Exception):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request's place in the queue: its rows arrive one by one, its future is set once."""
+    """One request's place in the queue: its items' vectors arrive one by one, its future is set once."""
 
     future: asyncio.Future[None]
     rows: list[NDArray[np.float32] | None]
     left: int
     error: BaseException | None = None
+    admitted: bool = False  # some of its items wait, run or are done
     queue_seconds: float = 0.0  # until its last item was taken
     inference_seconds: float = 0.0  # of the longest batch that carried one of its items
 
@@ -98,19 +99,20 @@ class Queue:
         if self.tokens >= self.bound:
             raise self._full(0)
 
-    def admit(self, prepared: Sequence[Prepared], ticket: Ticket) -> None:
-        """All of a request or nothing of it. Raises `QueueFull`.
+    def admit(self, prepared: Sequence[Prepared], ticket: Ticket, places: Sequence[int]) -> None:
+        """Items that the request has at `places`: all of them or none. Raises `QueueFull`.
 
-        A request that alone exceeds the bound is admitted when nothing waits: refusing it would be for ever.
+        What alone exceeds the bound is admitted when nothing waits: refusing it would be for ever.
         """
         tokens = sum(each.tokens for each in prepared)
         now = time.perf_counter()
         with self.lock:
             if self.tokens and self.tokens + tokens > self.bound:
                 raise self._full(tokens)
-            self.waiting.extend(Job(each, ticket, index, now) for index, each in enumerate(prepared))
+            self.waiting.extend(Job(each, ticket, place, now) for place, each in zip(places, prepared, strict=True))
             self.tokens += tokens
-            self.requests += 1
+            self.requests += not ticket.admitted
+            ticket.admitted = True
             self.arrived.notify()
             if self.has_full_batch():
                 self.filled.notify()

@@ -5,12 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mlx_embeddings_backends.base import Backend
+from mlx_embeddings_backends.base import Backend, Rows
 from mlx_embeddings_backends.errors import DeviceLost, ModelError
 from mlx_embeddings_server.engine.handover import Handover
 from mlx_embeddings_server.engine.queue import Job, Queue, Ticket
@@ -264,12 +263,11 @@ class Worker:
         return bool(self._running) and self._ahead is None and self._queue.has_full_batch()
 
 
-def _fill(jobs: Sequence[Job], rows: NDArray[np.float32]) -> set[Ticket]:
-    finite = np.atleast_1d(np.isfinite(rows).all(axis=1))
+def _fill(jobs: Sequence[Job], rows: Rows) -> set[Ticket]:
     done: set[Ticket] = set()
-    for job, row, sound in zip(jobs, rows, finite, strict=True):
+    for job, row, is_finite in zip(jobs, rows, _are_finite(rows), strict=True):
         ticket = job.ticket
-        if not sound:
+        if not is_finite:
             done |= _fail(ticket, NonFiniteVector("the model gave NaN or infinity"))
             continue
         ticket.rows[job.index] = row
@@ -277,6 +275,13 @@ def _fill(jobs: Sequence[Job], rows: NDArray[np.float32]) -> set[Ticket]:
         if ticket.left == 0:
             done.add(ticket)
     return done
+
+
+def _are_finite(rows: Rows) -> Sequence[bool]:
+    """Of each item."""
+    if isinstance(rows, np.ndarray):
+        return cast(list[bool], np.isfinite(rows).all(axis=1).tolist())
+    return [bool(np.isfinite(row).all()) for row in rows]
 
 
 def _fail(ticket: Ticket, error: BaseException) -> set[Ticket]:

@@ -1,15 +1,34 @@
-"""A request's `input` to a list of texts and token id lists, with messages that name the place of what is wrong."""
+"""A request's `input` to texts, token id lists and images, with messages that name the place of what is wrong."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from mlx_embeddings_server.errors import InvalidRequest, quoted
 
-Content = str | tuple[int, ...]
+# A string that is nothing but an http(s) URL, or a data URI of an image. Nothing is tried twice: texts may be large.
+_IMAGE: Final = re.compile(r"\s*+(?:https?://\S++\s*+\Z|data:image/)", re.IGNORECASE)
+_KINDS: Final = {"text": "a text", "image": "an image"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """An image by URL, data URI or base64, and a text that goes with it."""
+
+    source: str
+    text: str | None = None
+
+
+Content = str | tuple[int, ...] | ImageSource
 
 
 def parse_input(value: Any, *, modalities: Sequence[str], max_inputs: int) -> list[Content]:
-    """A string, token ids, an item, or a list of 1 to `max_inputs` of these. Raises `InvalidRequest`."""
+    """A string, token ids, an item, or a list of 1 to `max_inputs` of these. Raises `InvalidRequest`.
+
+    Where the model takes images, a string that is an http(s) URL or a `data:image/` URI is one, with or without white
+    space around it; a URL among other words is text. A chat's parts of the types `text` and `image_url` are items too.
+    """
     if isinstance(value, str | dict):
         return [_parse_one(value, "input", modalities)]
     if not isinstance(value, list):
@@ -19,7 +38,7 @@ def parse_input(value: Any, *, modalities: Sequence[str], max_inputs: int) -> li
     if not value:
         raise _invalid("input is an empty list: send at least one text", "empty_input")
     if _is_integer(value[0]):
-        return [_token_ids(value, "input")]
+        return [_parse_one(value, "input", modalities)]
     if len(value) > max_inputs:
         raise _invalid(
             f"input has {len(value)} items, the limit is {max_inputs}: send several requests", "too_many_inputs"
@@ -29,8 +48,12 @@ def parse_input(value: Any, *, modalities: Sequence[str], max_inputs: int) -> li
 
 def _parse_one(value: Any, where: str, modalities: Sequence[str]) -> Content:
     if isinstance(value, str):
+        if "image" in modalities and _IMAGE.match(value):
+            return ImageSource(value)
+        _check_modality("text", where, modalities)
         return _text(value, where)
     if isinstance(value, list):
+        _check_modality("text", where, modalities)
         return _token_ids(value, where)
     if isinstance(value, dict):
         return _item(value, where, modalities)
@@ -54,18 +77,37 @@ def _token_ids(value: list[Any], where: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _item(value: dict[str, Any], where: str, modalities: Sequence[str]) -> str:
-    if "image" in value and "image" not in modalities:
-        raise _invalid(
-            f"{where} has an image, and this model takes {' and '.join(modalities)} only", "unsupported_modality"
-        )
+def _item(value: dict[str, Any], where: str, modalities: Sequence[str]) -> str | ImageSource:
+    value = _without_type(value)
     if value.keys() & {"title", "abstract"}:
         raise _invalid(
             f'{where} is a paper, and this model takes plain texts: send {{"text": ...}}', "unsupported_modality"
         )
-    if set(value) != {"text"}:
-        raise _invalid(f'{where} must be {{"text": ...}}, it has the keys {quoted(", ".join(value))}', "invalid_type")
-    return _text(value["text"], f"{where}.text")
+    for modality in value.keys() & _KINDS.keys():
+        _check_modality(modality, where, modalities)
+    if not value or not value.keys() <= _KINDS.keys():
+        known = " or ".join(f'{{"{modality}": ...}}' for modality in modalities)
+        raise _invalid(f"{where} must be {known}, it has the keys {quoted(', '.join(value))}", "invalid_type")
+    if "image" not in value:
+        return _text(value["text"], f"{where}.text")
+    text = _text(value["text"], f"{where}.text") if "text" in value else None
+    return ImageSource(_text(value["image"], f"{where}.image"), text)
+
+
+def _without_type(value: dict[str, Any]) -> dict[str, Any]:
+    """A part of a chat's message as an item."""
+    match value:
+        case {"type": "text", "text": text, **others} if not others:
+            return {"text": text}
+        case {"type": "image_url", "image_url": {"url": url}, **others} if not others:
+            return {"image": url}
+    return value
+
+
+def _check_modality(modality: str, where: str, modalities: Sequence[str]) -> None:
+    if modality not in modalities:
+        taken = " and ".join("images" if each == "image" else each for each in modalities)
+        raise _invalid(f"{where} has {_KINDS[modality]}, and this model takes {taken} only", "unsupported_modality")
 
 
 def _is_integer(value: Any) -> bool:

@@ -1,13 +1,15 @@
 """OpenAI's API: /v1/embeddings and /v1/models."""
 
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from mlx_embeddings_backends.base import Truncate
-from mlx_embeddings_server.codec import embedding_list, quantize
-from mlx_embeddings_server.errors import InvalidRequest
+from mlx_embeddings_backends.base import PatchGrid, Truncate
+from mlx_embeddings_server.codec import embedding_list, encode_inputs, quantize
 from mlx_embeddings_server.inputs.parse import parse_input
 from mlx_embeddings_server.models import ServedModel
 from mlx_embeddings_server.routes.requests import KeyedRoute, disconnects_of, read_json, runtime_of
@@ -29,9 +31,9 @@ _OCTET_STREAM = "application/octet-stream"
     },
 )
 async def create_embeddings(request: Request) -> Response:
-    """One vector for each input, in their order.
+    """The inputs' vectors, in their order: one each, or with a multi-vector model a list of them each.
 
-    With `Accept: application/octet-stream` the reply is the rows' bytes, their shape in `X-Embeddings-Shape`.
+    With `Accept: application/octet-stream` the reply is the vectors' bytes, their shape in `X-Embeddings-Shape`.
     """
     body = await read_json(request, EmbeddingsRequest)
     runtime = runtime_of(request)
@@ -42,13 +44,15 @@ async def create_embeddings(request: Request) -> Response:
     rows = quantize(result.rows, body.output_dtype or "float")
     headers = _headers(result, runtime.service.dimensions_policy)
     if request.headers.get("accept", "").startswith(_OCTET_STREAM):
-        headers["X-Embeddings-Shape"] = ",".join(map(str, rows.shape))
-        headers["X-Embeddings-Prompt-Tokens"] = str(result.prompt_tokens)
+        headers |= _describe_bytes(result, rows.shape[1], with_patches="patches" in (body.include or ()))
         return Response(rows.tobytes(), media_type=_OCTET_STREAM, headers=headers)
     usage: dict[str, Any] = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
     if result.truncated:
         usage["truncated_inputs"] = result.truncated
-    content = embedding_list(rows, body.encoding_format or "float", model=model.name, usage=usage)
+    values = encode_inputs(rows, result.lengths, body.encoding_format or "float")
+    if body.include:
+        values = _with_patches(values, result.patches)
+    content = await _join(embedding_list(values, model=model.name, usage=usage))
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -66,11 +70,6 @@ async def get_model(request: Request, name: str) -> JSONResponse:
 
 
 def _options(body: EmbeddingsRequest) -> EmbedOptions:
-    for field in ("token_pool_factor", "pool"):
-        if getattr(body, field) is not None:
-            raise InvalidRequest(
-                f"{field} is for multi-vector models, which this one is not", param=field, code="invalid_value"
-            )
     truncate: Truncate | None
     match body.truncate:
         case bool():
@@ -84,7 +83,40 @@ def _options(body: EmbeddingsRequest) -> EmbedOptions:
         truncate=truncate,
         dimensions=body.dimensions,
         normalize=body.normalize,
+        pool=body.pool,
+        token_pool_factor=body.token_pool_factor,
+        with_patches=bool(body.include),
     )
+
+
+def _with_patches(values: Iterable[dict[str, Any]], patches: Sequence[PatchGrid | None]) -> Iterator[dict[str, Any]]:
+    """Beside each image's vectors, which of them are its patches."""
+    for value, grid in zip(values, patches, strict=True):
+        yield value if grid is None else value | {"patches": asdict(grid)}
+
+
+async def _join(parts: Iterator[bytes]) -> bytes:
+    """One body; where it is large, other requests get their turn after each megabyte."""
+    body, turn = bytearray(), 0
+    for part in parts:
+        body += part
+        if len(body) - turn > 1_000_000:
+            turn = len(body)
+            await asyncio.sleep(0)
+    return bytes(body)
+
+
+def _describe_bytes(result: Embeddings, dimensions: int, *, with_patches: bool) -> dict[str, str]:
+    """`inputs,dimensions`; with a multi-vector model `vectors,dimensions` of each input, with semicolons between."""
+    lengths = [len(result.rows)] if result.lengths is None else result.lengths
+    headers = {
+        "X-Embeddings-Shape": ";".join(f"{length},{dimensions}" for length in lengths),
+        "X-Embeddings-Prompt-Tokens": str(result.prompt_tokens),
+    }
+    if with_patches:
+        grids = ("" if grid is None else f"{grid.rows},{grid.columns},{grid.offset}" for grid in result.patches)
+        headers["X-Embeddings-Patches"] = ";".join(grids)
+    return headers
 
 
 def _headers(result: Embeddings, dimensions_policy: str) -> dict[str, str]:
@@ -117,5 +149,6 @@ def _describe(model: ServedModel) -> dict[str, Any]:
         "max_tokens": info.max_tokens,
         "modalities": info.modalities,
         "output": info.output,
+        "verified": model.choice.verified,
         "loaded": model.engine.state == "ready",
     }

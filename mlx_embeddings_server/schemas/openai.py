@@ -5,11 +5,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from mlx_embeddings_server.codec import EncodingFormat, OutputDType
+from mlx_embeddings_server.pooling import Pool
 
-_ITEM_SCHEMA = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+_ITEM_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "image": {"type": "string", "description": "http(s) URL, data URI or base64"},
+    },
+}
 _TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}}
 _INPUT_SCHEMA = {
-    "description": "A text, token ids, an item, or a list of them; none empty.",
+    "description": "A text, token ids, an item, or a list of them; none empty. A string that is an http(s) URL or a "
+    "data URI of an image is an image where the model takes images.",
     "anyOf": [
         {"type": "string"},
         _TOKEN_IDS_SCHEMA,
@@ -45,5 +53,13 @@ class EmbeddingsRequest(BaseModel):
     )
     normalize: StrictBool | None = Field(None, description="L2-normalise; default: what the checkpoint does.")
     output_dtype: OutputDType | None = Field(None, description="float if absent.")
-    token_pool_factor: Any = Field(None, description="For multi-vector models.")
-    pool: Any = Field(None, description="For multi-vector models.")
+    token_pool_factor: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None, description="Multi-vector models: so many times fewer vectors, the means of clusters."
+    )
+    pool: Pool | None = Field(
+        None,
+        description="Multi-vector models: the means of an image's patches, one a row, one a column, or one of all.",
+    )
+    include: list[Literal["patches"]] | None = Field(
+        None, description="patches: which of an image's vectors are its patches, as rows, columns and offset."
+    )
