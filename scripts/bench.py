@@ -198,11 +198,11 @@ def measure(name: str, seconds: float, rounds: int, bare: Bare, client: Client) 
         row["requests_per_s"] = row["requests"] / row["seconds"] if row["requests"] else 0.0
         row["inputs_per_s"] = row["requests_per_s"] * LOADS[name].inputs
         row["ratio"] = row["inputs_per_s"] / row["bare_inputs_per_s"]
-        if name == "short-1":
+        if LOADS[name].connections == 1 == LOADS[name].bare_batch:
             row["p50_ratio"] = row["p50_ms"] / row["bare_p50_ms"]
         if client.server:
             row["rss_mib"] = client.server.rss_mib()
-        say(f"{name}: {row['inputs_per_s']:.0f} inputs/s, bare {row['bare_inputs_per_s']:.0f}, errors {row['errors']}")
+        say(f"{name}: {row['inputs_per_s']:.3g} inputs/s, bare {row['bare_inputs_per_s']:.3g}, errors {row['errors']}")
         rows.append(row)
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     return {"load": asdict(LOADS[name]), **medians, "errors": sum(row["errors"] for row in rows), "rounds": rows}
