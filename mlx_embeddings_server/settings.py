@@ -41,8 +41,9 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of the matrix products; all else is float32. auto is bfloat16 where the device multiplies it "
-        "natively (cosine >= 0.9999 to float32, up to three times as fast), float16 on other GPUs, else float32",
+        description="torch: of the matrix products, all else is float32. auto is bfloat16 where the device multiplies "
+        "it natively (cosine >= 0.9999 to float32 for text models, up to three times as fast), float16 on other GPUs "
+        "(not for ColQwen2.5, which overflows it), else float32. mlx: of the weights; auto is what they are stored in",
     )
     allow_unverified: bool = Field(
         False, description="serve architectures whose vectors no test compares with the reference implementation's"
