@@ -83,9 +83,9 @@ HUGE: list[Callable[[int, int], bytes]] = [
 @pytest.mark.parametrize("make", HUGE)
 def test_more_than_fifty_megapixels_are_refused_before_they_are_decoded(make: Callable[[int, int], bytes]) -> None:
     data = make(10_000, 6_000)  # 60 megapixels
-    started = time.perf_counter()
+    started = time.thread_time()
     assert reason(data) == "the image has 10000 x 6000 pixels, the limit is 50 megapixels"
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 @pytest.mark.parametrize("size", [(65_535, 65_535), (2**31 - 1, 2**31 - 1), (2**32 - 1, 1)])
@@ -137,18 +137,18 @@ def test_tiffs_that_cost_more_than_they_show_are_refused(tags: dict[int, Any], m
 def test_bmps_with_run_lengths_are_refused(compression: int) -> None:
     """Ten million pixels, all of them left out by one end of line."""
     data = bmp(10_000_000, 4, 8 // compression, b"\1\1\0\0", compression)
-    started = time.perf_counter()
+    started = time.thread_time()
     assert "run-length" in reason(data)
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
     plain = encoded(Image.new("L", (2000, 1000), 90), "JPEG", progressive=True)
     last_scan = plain[plain.rindex(b"\xff\xda") : -2]
     decode(plain)
-    started = time.perf_counter()
+    started = time.thread_time()
     assert "too many scans" in reason(plain[:-2] + last_scan * 2000 + plain[-2:])
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_what_unpacks_to_gigabytes_is_left_alone() -> None:
@@ -165,9 +165,9 @@ def test_what_unpacks_to_gigabytes_is_left_alone() -> None:
         tiff({256: 8, 257: 1, 258: (3, 1, 8), 262: (3, 1, 1), 273: 8, 279: 8} | fractions, bytes(19_000_000)),
     ]
     for data in files:
-        started = time.perf_counter()
+        started = time.thread_time()
         decode(data)
-        assert time.perf_counter() - started < 1
+        assert time.thread_time() - started < 1
 
 
 # Whatever the bytes are.

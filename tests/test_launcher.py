@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,16 +52,20 @@ def minilm_folder() -> Path:
 # --help
 
 
-def test_help_takes_less_than_half_a_second() -> None:
-    """Of the processor: what a person waits for where nothing else runs."""
+def test_help_takes_little_longer_than_its_settings_library() -> None:
+    """In time of the processor: 0.4 s in all, where nothing else runs."""
 
-    def seconds() -> float:
+    def seconds(run: Callable[[], subprocess.CompletedProcess[str]]) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert launch("--help").returncode == 0
+        assert run().returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.5
+    def library() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", "import pydantic_settings"], text=True)
+
+    times = [(seconds(lambda: launch("--help")), seconds(library)) for _ in range(5)]
+    assert min(ours for ours, _ in times) < 1.5 * min(theirs for _, theirs in times)
 
 
 def test_help_imports_no_framework() -> None:
