@@ -20,6 +20,7 @@ _TIFF_TAGS: Final = {
     _TILE_WIDTH, _TILE_HEIGHT, _TILE_PLACES, 325, 338, 339, 347, 529, 530, 531, 532,
 }  # fmt: skip
 _TIFF_COMPRESSIONS: Final = {1, 2, 3, 4, 5, 7, 8, 32773, 32946}  # none, CCITT, LZW, JPEG, Deflate, PackBits
+_MOST_BEFORE_A_FRAME: Final = 1_000_000  # bytes of a GIF: going through them takes 30 ms
 _MOST_VALUES: Final = 200_000  # of one tag, such as the places of strips or tiles
 _MOST_TILED: Final = 400_000_000  # pixels of all tiles together
 
@@ -53,6 +54,8 @@ def gif_frame(data: bytes) -> bytes:
         place += 2
         while data[place]:
             place += 1 + data[place]
+            if place - header > _MOST_BEFORE_A_FRAME:
+                raise InvalidImage(0, "the GIF file has a megabyte of comments before its first frame")
         place += 1
         if data[start + 1] == 0xF9:
             control = data[start:place]
