@@ -9,14 +9,23 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from mlx_embeddings_backends import detect
 from mlx_embeddings_server import __version__
-from mlx_embeddings_server.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, openai_body, quoted
+from mlx_embeddings_server.errors import (
+    ApiError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    embed_body,
+    openai_body,
+    quoted,
+)
 from mlx_embeddings_server.inputs.images import ImageLoader
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder, is_known_encoding, known_encodings
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.middleware import RequestMiddleware
-from mlx_embeddings_server.models import Load, Models, load_backend
-from mlx_embeddings_server.routes import health, openai
+from mlx_embeddings_server.models import Load, Models
+from mlx_embeddings_server.routes import embed, health, openai
 from mlx_embeddings_server.routes.disconnects import ClientGone, DisconnectWatcher
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.service import EmbeddingService
@@ -26,7 +35,7 @@ from mlx_embeddings_server.settings import Settings, SettingsError
 _LAST_BATCH_TIMEOUT = 2
 
 
-def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
+def create_app(settings: Settings, *, load: Load = detect.load) -> FastAPI:
     """The server as an ASGI app. Models are found here, and loaded at the latest when the app starts.
 
     Raises `SettingsError`, or `ModelError` for a model that is not to be had. `load` makes a backend of a checkpoint.
@@ -73,6 +82,7 @@ def create_app(settings: Settings, *, load: Load = load_backend) -> FastAPI:
     app.add_exception_handler(ClientGone, _answer_nobody)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)  # it left before its body was here
     app.include_router(openai.router)
+    app.include_router(embed.router)
     app.include_router(health.router)
     return app
 
@@ -87,7 +97,8 @@ def _token_decoder(encoding_name: str) -> TokenDecoder | None:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(openai_body(error), status_code=error.status, headers=error.headers)
+    render = embed_body if request.method == "POST" and request.url.path in embed.PATHS else openai_body
+    return JSONResponse(render(error), status_code=error.status, headers=error.headers)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -56,3 +56,11 @@ def embedding_list(values: Iterable[Mapping[str, Any]], *, model: str, usage: Ma
         yield before + orjson.dumps({"object": "embedding", "index": index, **value}, option=orjson.OPT_SERIALIZE_NUMPY)
         before = b","
     yield b'],"model":' + orjson.dumps(model) + b',"usage":' + orjson.dumps(usage) + b"}"
+
+
+def vector_list(values: Iterable[Mapping[str, Any]], before: bytes, after: bytes) -> Iterator[bytes]:
+    """The embeddings alone as JSON between `before` and `after`, in parts of one input each."""
+    for value in values:
+        yield before + orjson.dumps(value["embedding"], option=orjson.OPT_SERIALIZE_NUMPY)
+        before = b","
+    yield after

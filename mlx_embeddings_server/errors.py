@@ -94,3 +94,9 @@ def openai_body(error: ApiError) -> dict[str, Any]:
     if error.details is not None:
         body["details"] = error.details
     return {"error": body}
+
+
+def embed_body(error: ApiError) -> dict[str, Any]:
+    """For POST /embed: TEI's keys, and FastAPI's `detail`, which the OpenCLIP service has."""
+    kind = {429: "Overloaded", 500: "Backend", 503: "Unhealthy"}.get(error.status, "Validation")
+    return {"error": error.message, "error_type": kind, "detail": error.message}

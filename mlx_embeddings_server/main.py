@@ -1,6 +1,8 @@
 """The launcher: flags -> Settings -> uvicorn."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -20,7 +22,7 @@ mlx-embeddings-server: no model was named. Two commands that work:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal. Exits with 0 after one, with 2 when the command or the model was wrong."""
-    flags = vars(_parser().parse_args(arguments))
+    flags = vars(argument_parser().parse_args(arguments))
     try:
         settings = load_settings({name: value for name, value in flags.items() if value is not None})
     except SettingsError as error:
@@ -32,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mlx_embeddings_backends.errors import ModelError
     from mlx_embeddings_server.serve import serve
 
+    # The first process of a container ignores what it does not handle. Once it serves, the server drains instead.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     try:
         serve(settings)
     except (SettingsError, ModelError) as error:
@@ -45,11 +49,13 @@ def _exit(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def argument_parser(
+    prog: str = "mlx-embeddings-server", description: str = "An OpenAI-compatible embeddings server for MLX and torch."
+) -> argparse.ArgumentParser:
     """One flag for each field of Settings."""
     parser = argparse.ArgumentParser(
-        prog="mlx-embeddings-server",
-        description="An OpenAI-compatible embeddings server for MLX and torch.",
+        prog=prog,
+        description=description,
         epilog=f"Each flag is also an environment variable, such as {ENVIRONMENT_PREFIX}MAX_BATCH_TOKENS, and a key of "
         "the YAML file; flags win over variables, variables over the file.",
     )

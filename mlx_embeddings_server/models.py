@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from mlx_embeddings_backends import detect, hub
+from mlx_embeddings_backends import checkpoints, detect, hub
 from mlx_embeddings_backends.base import Backend, LoadOptions, ModelInfo
 from mlx_embeddings_backends.errors import ModelError
 from mlx_embeddings_backends.hub import Snapshot
@@ -20,11 +20,7 @@ from mlx_embeddings_server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-Load = Callable[[detect.Choice, Snapshot, LoadOptions], Backend]
-
-
-def load_backend(choice: detect.Choice, snapshot: Snapshot, options: LoadOptions) -> Backend:
-    return detect.load(choice, snapshot.path, options)
+Load = Callable[[detect.Choice, Path, LoadOptions], Backend]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +45,7 @@ class ServedModel:
 class Models:
     """All served models. `load` builds a backend of what was found; tests pass their own."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, load: Load = load_backend) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, load: Load = detect.load) -> None:
         """Find the checkpoints, without loading them. Raises `ModelError`."""
         names = settings.served_model_name
         if names and len(names) != len(settings.model):
@@ -57,28 +53,39 @@ class Models:
                 f"--served-model-name was given {len(names)} times and --model {len(settings.model)} times: "
                 "give one name for each model, in the same order, or none"
             )
+        if len(settings.model) > 1 and (settings.adapter or settings.pretrained):
+            raise ModelError("--adapter and --pretrained belong to one model: give one --model with them")
         self._by_name: dict[str, ServedModel] = {}
         self._aliases: dict[str, str] = {}
         self._loaded = False
         for place, model in enumerate(settings.model):
-            snapshot = hub.resolve(model, settings.revision)
+            checkpoint = checkpoints.find(
+                model, revision=settings.revision, pretrained=settings.pretrained, adapters=settings.adapter
+            )
+            snapshot = checkpoint.snapshot
             name = names[place] if names else snapshot.name
             if name in self._by_name:
                 raise ModelError(f"two models would be served as {name!r}: give each a --served-model-name")
-            base = _base(snapshot)
             choice = detect.choose(
-                snapshot.path, settings.backend, base=base, allow_unverified=settings.allow_unverified
+                checkpoint.folder,
+                settings.backend,
+                base=checkpoint.base,
+                has_adapters=bool(checkpoint.adapters),
+                allow_unverified=settings.allow_unverified,
             )
-            options = LoadOptions(settings.device, settings.dtype, settings.max_image_tokens, base)
+            options = LoadOptions(
+                settings.device, settings.dtype, settings.max_image_tokens, checkpoint.base, checkpoint.adapters
+            )
             engine = Engine(
                 name,
-                partial(load, choice, snapshot, options),
+                partial(load, choice, checkpoint.folder, options),
                 queue_tokens=settings.max_queue_tokens,
                 batch_tokens=settings.max_batch_tokens,
                 observe=partial(metrics.observe_batch, name),
             )
-            if not names and snapshot.source != "local":  # a short form of the id, such as all-MiniLM-L6-v2
-                self._aliases[model] = name
+            if not names and snapshot.source != "local":
+                self._aliases[model] = name  # as it was typed, such as hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K
+                self._aliases |= {short: name for short, full in hub.ALIASES.items() if full == name}
             self._by_name[name] = ServedModel(name, snapshot, choice, LocalProvider(engine))
             metrics.watch_queue(name, engine.queue)
 
@@ -91,7 +98,7 @@ class Models:
             info = model.engine.load()
             log.info(
                 "serving %s: revision %s from %s, backend %s (%s), device %s, dtype %s, %d dimensions, "
-                "%d tokens at most, takes %s, gives %s vectors",
+                "%d tokens at most, takes %s, gives %s vectors%s",
                 model.name,
                 model.snapshot.revision or "unknown",
                 model.snapshot.source,
@@ -103,6 +110,7 @@ class Models:
                 info.max_tokens,
                 " and ".join(info.modalities),
                 info.output,
+                f", adapters {', '.join(info.adapters)}" if info.adapters else "",
             )
 
         # What the libraries made while loading stays: looking through it all for garbage, again and again, would stop
@@ -136,14 +144,3 @@ class Models:
         gc.unfreeze()  # else what the libraries made would never be freed, and nanobind prints a page of leaks
         deadline = time.monotonic() + timeout
         return all([model.engine.join(max(0.0, deadline - time.monotonic())) for model in self])
-
-
-def _base(snapshot: Snapshot) -> Path | None:
-    """Where `snapshot` is an adapter: the folder of the model that it changes."""
-    base = detect.base_of(snapshot.path)
-    if base is None:
-        return None
-    name, revision = base
-    if snapshot.source != "local" and Path(name).expanduser().is_dir():
-        raise ModelError(f"the adapter {snapshot.name} names a folder of this machine as its base model, not a hub id")
-    return hub.resolve(name, revision).path

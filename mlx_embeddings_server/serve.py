@@ -10,9 +10,10 @@ from types import FrameType
 
 import uvicorn
 
+from mlx_embeddings_backends import detect
 from mlx_embeddings_server.app import create_app
 from mlx_embeddings_server.logs import configure_logging
-from mlx_embeddings_server.models import Load, load_backend
+from mlx_embeddings_server.models import Load
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.settings import Settings, SettingsError
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 _LAST_STEPS_TIMEOUT = 1
 
 
-def serve(settings: Settings, *, load: Load = load_backend) -> None:
+def serve(settings: Settings, *, load: Load = detect.load) -> None:
     """Load the models, then open the port; return after a signal. Raises `SettingsError` or `ModelError`."""
     configure_logging(settings.log_format)
     # Bound now, so that a port in use is told at once; listening, and so open to clients, when the models are loaded.

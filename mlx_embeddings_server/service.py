@@ -16,6 +16,7 @@ from mlx_embeddings_backends.errors import (
     InputTooLong,
     InvalidImage,
     InvalidTokenId,
+    MissingEndToken,
     ReservedTokenId,
 )
 from mlx_embeddings_server.engine.queue import QueueFull
@@ -32,6 +33,8 @@ from mlx_embeddings_server.settings import DimensionsPolicy
 
 # The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
 _ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
+# The adapter that takes a role's inputs where there is one of that name (SPECTER2's); else the default does.
+_ROLE_ADAPTERS: dict[Role, str] = {"query": "adhoc_query"}
 _LONGEST_RETRY_AFTER = 60  # seconds
 _MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
 
@@ -43,6 +46,7 @@ class EmbedOptions:
     input_type: Role | None = None
     prompt: str | None = None
     prompt_name: str | None = None
+    adapter: str | None = None
     truncate: Truncate | None = None
     dimensions: int | None = None
     normalize: bool | None = None
@@ -97,14 +101,14 @@ class EmbeddingService:
         info = model.info
         self._check_dimensions(info, options.dimensions)
         _check_pooling(info, options, contents)
-        prompt = _prompt(info, options)
+        prompt, adapter = _prompt(info, options), _adapter(info, options)
         _check_prompt_has_text(contents, prompt, options)
         contents = await self._decode_token_ids(contents)
         loaded = await self._load_images(contents)
         places: dict[str | tuple[int, ...] | EncodedImage, int] = {}
         place_of = [places.setdefault(content, len(places)) for content in loaded]
         # Token ids and images carry no prompt: the model's default one is for texts.
-        items = [Item(each, prompt if isinstance(each, str) else "", options.role) for each in places]
+        items = [Item(each, prompt if isinstance(each, str) else "", options.role, adapter) for each in places]
         with _api_errors(place_of):
             vectors = await model.provider.embed(items, options.truncate or self._truncate)
         accounts = [vectors.accounts[place] for place in place_of]
@@ -222,6 +226,17 @@ def _prompt(info: ModelInfo, options: EmbedOptions) -> str:
     return info.prompts[info.default_prompt] if info.default_prompt else ""
 
 
+def _adapter(info: ModelInfo, options: EmbedOptions) -> str | None:
+    """None: the model's default."""
+    if options.adapter is not None:
+        if options.adapter not in info.adapters:
+            known = ", ".join(info.adapters) or "none"
+            raise _invalid(f"adapter {quoted(options.adapter)} is not among the model's adapters: {known}", "adapter")
+        return options.adapter
+    wanted = _ROLE_ADAPTERS.get(options.role) if options.role else None
+    return wanted if wanted in info.adapters else None
+
+
 def _check_prompt_has_text(contents: Sequence[Content], prompt: str, options: EmbedOptions) -> None:
     """A prompt that was asked for must not get lost."""
     asked = options.input_type or options.prompt or options.prompt_name
@@ -300,6 +315,13 @@ def _invalid_input(error: InputError, indexes: Mapping[int, Sequence[int]]) -> I
                 f"input[{indexes[error.index][0]}] has the token id {error.token_id}, and the model's own vocabulary "
                 f"has {error.vocabulary_size}: if a client sends another encoding's ids (LangChain sends cl100k_base), "
                 "start the server with --token-encoding, or have the client send texts",
+                param="input",
+                code="invalid_token_id",
+            )
+        case MissingEndToken():
+            return InvalidRequest(
+                f"input[{indexes[error.index][0]}] lacks the token id {error.token_id}, which ends a text: the model "
+                "takes that token's vector for the whole text's",
                 param="input",
                 code="invalid_token_id",
             )

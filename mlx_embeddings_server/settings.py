@@ -29,9 +29,20 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """Every field is a flag, an environment variable and a YAML key."""
 
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, extra="forbid")
+    # An empty variable is how container images and compose files say that it is not set.
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     model: Names = Field((), description="Hugging Face id or local folder of a model to serve; may be repeated")
+    pretrained: str | None = Field(
+        None,
+        description="open_clip's name of the weights, where --model is its name of an architecture "
+        "(--model ViT-B-32 --pretrained laion2b_s34b_b79k)",
+    )
+    adapter: Names = Field(
+        (),
+        description="NAME=ID_OR_PATH of an AdapterHub adapter of the model, as SPECTER2 has them; may be repeated: a "
+        "request's `adapter` chooses one, the first is the default, and queries take that named adhoc_query",
+    )
     served_model_name: Names = Field((), description="name that requests call the model by, one for each --model")
     config: str | None = Field(None, description="YAML file with the same settings, one key a flag (`max-batch-tokens` "
                                "is `max_batch_tokens`)")  # fmt: skip
@@ -98,11 +109,27 @@ class Settings(BaseSettings):
     access_log: bool = Field(False, description="log every request")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that requests in flight have to finish after SIGTERM")
 
-    @field_validator("model", "served_model_name", mode="before")
+    @field_validator("model", "served_model_name", "adapter", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         if isinstance(value, str):
             return [name.strip() for name in value.split(",") if name.strip()]
+        return value
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _join_mapping(cls, value: Any) -> Any:
+        """YAML's way to write names with values."""
+        return [f"{name}={place}" for name, place in value.items()] if isinstance(value, dict) else value
+
+    @field_validator("adapter")
+    @classmethod
+    def _check_adapters(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [name for name, _, place in (each.partition("=") for each in value) if name and place]
+        if len(names) < len(value):
+            raise ValueError("must be NAME=ID_OR_PATH, such as adhoc_query=allenai/specter2_adhoc_query")
+        if len(set(names)) < len(names):
+            raise ValueError("gives two adapters the same name")
         return value
 
     @field_validator("device")

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import httpx
 import psutil
-from bench_loads import FRESH, LOADS, PAGE_LOADS, TEXT_LOADS, WORDS, fresh_words, request_inputs
+from bench_loads import FRESH, LOADS, WORDS, bare_kind, fresh_words, loads_of, request_inputs
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STARTUP_S = 900  # a first start downloads the model
@@ -113,7 +113,8 @@ class Bare(Child):
         arguments = [
             model,
             device,
-            *(facts.get(k, v) for k, v in {"dtype": "auto", "backend": "torch", "output": ""}.items()),
+            *(facts.get(k, v) for k, v in {"dtype": "auto", "backend": "torch"}.items()),
+            bare_kind(facts),
         ]
         command = [sys.executable, str(Path(__file__).with_name("bench_bare.py")), *arguments]
         super().__init__("the bare model", command, folder / "bare.log", piped=True)
@@ -262,7 +263,7 @@ def bench(options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack
         started_mib = server.rss_mib()
     url = url.rstrip("/") if url.endswith("/embeddings") else url.rstrip("/").removesuffix("/v1") + "/v1/embeddings"
     say("loading the bare model")
-    loads = options.loads or list(PAGE_LOADS if "image" in facts.get("modalities", ()) else TEXT_LOADS)
+    loads = options.loads or loads_of(facts)
     bare = Bare(options.model, facts, folder)
     stack.callback(bare.stop)
     client = Client(url, model, folder, server)
@@ -293,7 +294,7 @@ def parse() -> argparse.Namespace:
     add(
         "--loads",
         default="",
-        help=f"of {', '.join(LOADS)}, by comma (default: all of texts, or of pages if it takes them)",
+        help=f"of {', '.join(LOADS)}, by comma (default: those that the model is made for)",
     )
     add("--soak", type=int, default=0, metavar="N", help="at the end send N short requests and compare memory")
     add("--quick", action="store_true", help="a smoke run: --seconds 1 --rounds 1")

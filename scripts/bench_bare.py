@@ -2,7 +2,7 @@
 
 A line on stdin asks for a load and for how long, a line on stdout answers. What is timed is the forward pass alone:
 texts are tokenised, pages are decoded and scaled before.
-`python bench_bare.py MODEL DEVICE DTYPE BACKEND OUTPUT`
+`python bench_bare.py MODEL DEVICE DTYPE BACKEND KIND`
 """
 
 import json
@@ -61,6 +61,48 @@ class SentenceTransformersModel:
         return len(batches), forward
 
 
+class OpenClipModel:
+    """open_clip's own encoders, in the precision that the server chose."""
+
+    def __init__(self, name: str, device: str, dtype: str) -> None:
+        import open_clip
+        import torch
+
+        from mlx_embeddings_backends import checkpoints
+
+        folder = checkpoints.find(name, pretrained=os.environ.get("MLX_EMBEDDINGS_PRETRAINED")).folder
+        self.kind = "cpu" if device == "auto" else device
+        self.model, self.preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}", device=self.kind)
+        self.model.eval()
+        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        self.autocast = None if dtype == "float32" else getattr(torch, dtype)
+        precision = f"{dtype} autocast" if self.autocast else dtype
+        self.facts = {"device": self.kind, "dtype": precision, "threads": torch.get_num_threads()}
+
+    def batches(self, load: str) -> tuple[int, Forward]:
+        """How many batches the load has, and what runs one."""
+        import torch
+        from PIL import Image
+
+        size = LOADS[load].bare_batch
+        if LOADS[load].words is None:
+            encode: Any = self.model.encode_image
+            inputs = torch.stack([self.preprocess(Image.open(file).convert("RGB")) for file in page_files()])
+        else:
+            encode = self.model.encode_text
+            inputs = self.tokenizer(
+                [str(text).replace(FRESH, fresh_words(0)) for request in request_inputs(load) for text in request]
+            )
+        batches = [inputs[start : start + size].to(self.kind) for start in range(0, len(inputs) - size + 1, size)]
+
+        @torch.inference_mode()
+        def forward(number: int) -> None:
+            with torch.autocast(self.kind, dtype=self.autocast, enabled=self.autocast is not None):
+                encode(batches[number]).cpu()
+
+        return len(batches), forward
+
+
 class OwnBackend:
     """The server's backend without the server, where sentence-transformers does not give the reference's vectors."""
 
@@ -96,7 +138,9 @@ class OwnBackend:
         return len(batches), forward
 
 
-def measure(model: SentenceTransformersModel | OwnBackend, load: str, seconds: float) -> dict[str, float]:
+def measure(
+    model: SentenceTransformersModel | OpenClipModel | OwnBackend, load: str, seconds: float
+) -> dict[str, float]:
     count, forward = model.batches(load)
     size, times = LOADS[load].bare_batch, list[float]()
     deadline = time.perf_counter() + seconds
@@ -109,9 +153,15 @@ def measure(model: SentenceTransformersModel | OwnBackend, load: str, seconds: f
 
 def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # the server has fetched the model already
-    name, device, dtype, backend, output = sys.argv[1:]
-    own = output == "multi_vector"
-    model = OwnBackend(name, device, dtype, backend) if own else SentenceTransformersModel(name, device, dtype)
+    name, device, dtype, backend, kind = sys.argv[1:]
+    model: SentenceTransformersModel | OpenClipModel | OwnBackend
+    match kind:
+        case "own":
+            model = OwnBackend(name, device, dtype, backend)
+        case "open_clip":
+            model = OpenClipModel(name, device, dtype)
+        case _:
+            model = SentenceTransformersModel(name, device, dtype)
     print(json.dumps(model.facts), flush=True)
     for line in sys.stdin:
         print(json.dumps(measure(model, **json.loads(line))), flush=True)

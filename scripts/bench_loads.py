@@ -2,10 +2,11 @@
 
 import base64
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 IMAGES = Path(__file__).parents[1] / "images"
 FRESH = "{fresh}"  # in every input; each request puts two words there, so that no cache has seen its inputs
@@ -23,7 +24,8 @@ class Load:
     connections: int
     bodies: int  # distinct requests, sent in turn
     bare_batch: int  # inputs in one forward pass of the bare model
-    words: tuple[int, int] | None  # in a text; None: the inputs are pages
+    words: tuple[int, int] | None  # in a text; None: the inputs are the images of images/
+    prompted: bool = False  # the images have a text with them
 
 
 TEXT_LOADS = {
@@ -33,17 +35,40 @@ TEXT_LOADS = {
     "mixed": Load(inputs=32, connections=4, bodies=16, bare_batch=32, words=(5, 200)),
 }
 PAGE_LOADS = {
-    "page-1": Load(inputs=1, connections=1, bodies=8, bare_batch=1, words=None),
-    "pages": Load(inputs=8, connections=2, bodies=4, bare_batch=4, words=None),
+    "page-1": Load(inputs=1, connections=1, bodies=8, bare_batch=1, words=None, prompted=True),
+    "pages": Load(inputs=8, connections=2, bodies=4, bare_batch=4, words=None, prompted=True),
 }
-LOADS = TEXT_LOADS | PAGE_LOADS
+PAPER_LOADS = {
+    "paper-1": Load(inputs=1, connections=1, bodies=16, bare_batch=1, words=(480, 500)),
+    "papers": Load(inputs=32, connections=2, bodies=4, bare_batch=8, words=(480, 500)),
+}
+PICTURE_LOADS = {
+    "captions": Load(inputs=32, connections=4, bodies=16, bare_batch=32, words=(5, 15)),
+    "picture-1": Load(inputs=1, connections=1, bodies=8, bare_batch=1, words=None),
+    "pictures": Load(inputs=8, connections=4, bodies=4, bare_batch=8, words=None),
+}
+LOADS = TEXT_LOADS | PAGE_LOADS | PAPER_LOADS | PICTURE_LOADS
+
+
+def loads_of(model: Mapping[str, Any]) -> list[str]:
+    """Those that a served model is made for, by its entry in /v1/models."""
+    if "image" in model.get("modalities", ()):
+        return list(PAGE_LOADS if model["output"] == "multi_vector" else PICTURE_LOADS)
+    return list(PAPER_LOADS if model.get("adapters") else TEXT_LOADS)
+
+
+def bare_kind(model: Mapping[str, Any]) -> str:
+    """Which of bench_bare.py's models is the bare one: `sentence-transformers`, `open_clip` or our own backend's."""
+    if model.get("output") == "multi_vector":
+        return "own"
+    return "open_clip" if "image" in model.get("modalities", ()) else "sentence-transformers"
 
 
 def request_inputs(name: str) -> Sequence[Sequence[str | dict[str, str]]]:
-    """The inputs of each of a load's requests: texts, or the pages of images/ with a text."""
+    """The inputs of each of a load's requests: texts, or the images of images/, with a text or alone."""
     rng, load = random.Random(name), LOADS[name]
     if load.words is None:
-        pages = iter([page_item(file) for file in page_files()] * load.inputs * load.bodies)
+        pages = iter([page_item(file, load.prompted) for file in page_files()] * load.inputs * load.bodies)
         return [list(islice(pages, load.inputs)) for _ in range(load.bodies)]
     fewest, most = load.words
 
@@ -57,9 +82,11 @@ def page_files() -> list[Path]:
     return sorted(file for file in IMAGES.iterdir() if file.suffix in (".png", ".jpg"))
 
 
-def page_item(file: Path) -> dict[str, str]:
+def page_item(file: Path, prompted: bool) -> dict[str, str]:
     kind = "png" if file.suffix == ".png" else "jpeg"
     content = base64.b64encode(file.read_bytes()).decode("ascii")
+    if not prompted:
+        return {"image": f"data:image/{kind};name={FRESH};base64,{content}"}
     return {"image": f"data:image/{kind};base64,{content}", "text": f"{FRESH} Describe the image."}
 
 

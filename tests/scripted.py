@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Truncate
 from mlx_embeddings_backends.detect import Choice
 from mlx_embeddings_backends.errors import DeviceLost
-from mlx_embeddings_backends.hub import Snapshot
 from mlx_embeddings_server.serve import serve
 from mlx_embeddings_server.settings import load_settings
 from tests.server import Server
@@ -73,7 +72,7 @@ class ScriptedLoad:
         self.reload = reload
         self.calls = 0
 
-    def __call__(self, choice: Choice, snapshot: Snapshot, options: LoadOptions) -> Backend:
+    def __call__(self, choice: Choice, folder: Path, options: LoadOptions) -> Backend:
         self.calls += 1
         if self.calls > 1 and self.reload == "fails":
             raise RuntimeError("the device is still gone")

@@ -167,9 +167,12 @@ def test_apple_silicon_chooses_mlx_for_what_it_has(
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("platform.machine", lambda: machine)
     write(tmp_path, "config.json", {"model_type": "bert"})
-    assert detect.choose(tmp_path).backend == "torch"  # which takes pickles, and tokenizers of other files
+    assert detect.choose(tmp_path).backend == "torch"  # which takes tokenizers of other files
+    (tmp_path / "vocab.txt").touch()
+    assert detect.choose(tmp_path).backend == backend
+    write(tmp_path, "config.json", {"model_type": "modernbert"})
+    assert detect.choose(tmp_path).backend == "torch"
     (tmp_path / "tokenizer.json").touch()
-    (tmp_path / "model.safetensors").touch()
     assert detect.choose(tmp_path).backend == backend
     assert detect.choose(write(tmp_path, "config.json", {"model_type": "t5"})).backend == "torch"
 
@@ -226,15 +229,15 @@ def test_an_adapter_is_chosen_by_its_base(tmp_path: Path) -> None:
     base.mkdir()
     write(adapter, "adapter_config.json", {"base_model_name_or_path": "owner/base", "revision": "v1"})
     write(base, "config.json", {"model_type": "qwen2_5_vl", "architectures": ["ColQwen2_5"]})
-    assert detect.base_of(adapter) == ("owner/base", "v1")
-    assert detect.base_of(base) is None
+    assert detect.read_adapter(adapter) == detect.Adapter("peft", "adapter", "owner/base", "v1")
+    assert detect.read_adapter(base) is None
     assert "colqwen" in detect.choose(adapter, base=base).target
     write(base, "config.json", {"model_type": "bert"})
     with pytest.raises(UnsupportedModel, match="an adapter of 'bert'"):
         detect.choose(adapter, base=base)
     write(adapter, "adapter_config.json", {})
     with pytest.raises(UnsupportedModel, match="names no base model"):
-        detect.base_of(adapter)
+        detect.read_adapter(adapter)
 
 
 def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:

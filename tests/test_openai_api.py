@@ -314,7 +314,7 @@ def test_models_through_the_client(client: openai.OpenAI) -> None:
 def test_routes_for_people_and_probes(server: Server) -> None:
     index = server.client.get("/").json()
     assert (index["status"], index["name"], index["models"]) == ("ok", "mlx-embeddings-server", [MINILM])
-    for path in {"/livez", "/readyz", *index["endpoints"]} - {"/v1/embeddings"}:
+    for path in {"/livez", "/readyz", *index["endpoints"]} - {"/v1/embeddings", "/embed"}:
         assert server.client.get(path).status_code == 200, path
     health = server.client.get("/health").json()
     assert health["status"] == "ok" and health["uptime_seconds"] > 0

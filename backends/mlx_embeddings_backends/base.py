@@ -26,7 +26,8 @@ class LoadOptions:
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     dtype: DType | Literal["auto"] = "auto"
     max_image_tokens: int | None = None  # fewer than the checkpoint's own limit: less detail, more speed
-    base: Path | None = None  # where the checkpoint is an adapter: the folder of the model that it changes
+    base: Path | None = None  # where the checkpoint is a LoRA adapter: the folder of the model that it changes
+    adapters: Mapping[str, Path] = field(default_factory=dict)  # AdapterHub's folders by name, the default first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class ModelInfo:
     output: Output = "dense"
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None  # a key of `prompts`, put before every text unless another is asked for
+    adapters: tuple[str, ...] = ()  # of which a request chooses one; the first is the default
+    separator: str | None = None  # what a paper's title and abstract are joined with; None: it takes no papers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Item:
     content: str | tuple[int, ...] | EncodedImage
     prompt: str = ""  # put before a text
     role: Role | None = None  # what a text is embedded as, where the model makes a difference beyond the prompt
+    adapter: str | None = None  # one of `ModelInfo.adapters`; None: the default
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from mlx_embeddings_backends import adapterhub
 from mlx_embeddings_backends.base import Backend, LoadOptions
 from mlx_embeddings_backends.errors import MissingDependency, UnsupportedModel
 from mlx_embeddings_backends.files import read_json, read_object
@@ -28,7 +29,12 @@ COLQWEN = "colqwen2_5"
 
 VERIFIED: dict[BackendName, dict[str, str]] = {
     "torch": dict.fromkeys(TEXT_ENCODERS, SENTENCE_TRANSFORMER)
-    | {COLQWEN: "mlx_embeddings_backends.torch.colqwen2_5:TorchColQwen2_5"},
+    | {
+        COLQWEN: "mlx_embeddings_backends.torch.colqwen2_5:TorchColQwen2_5",
+        "clip": "mlx_embeddings_backends.torch.clip:TransformersClip",
+        "open_clip": "mlx_embeddings_backends.torch.open_clip:OpenClip",
+        "siglip": "mlx_embeddings_backends.torch.clip:TransformersClip",
+    },
     "mlx": dict.fromkeys(MLX_TEXT_ENCODERS, MLX_TEXT_ENCODER)
     | {
         COLQWEN: "mlx_embeddings_backends.mlx.colqwen2_5:MlxColQwen2_5",
@@ -53,23 +59,52 @@ class Choice:
     verified: bool = True  # a test holds the architecture on this backend to the reference implementation
 
 
-def base_of(folder: Path) -> tuple[str, str | None] | None:
-    """Id or path, and revision, of the model that the adapter in `folder` was made for. None: it holds no adapter."""
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What an adapter_config.json says of the model that it was made for."""
+
+    kind: Literal["peft", "adapterhub"]
+    name: str  # that requests call it by, where the user gives it no other
+    base: str  # id or path
+    revision: str | None = None  # of the base
+
+
+def read_adapter(folder: Path) -> Adapter | None:
+    """None: the folder holds no adapter, or a whole model too. Raises `UnsupportedModel` where no base is named."""
     if not (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
         return None
-    adapter = read_object(folder / "adapter_config.json")
-    base, revision = adapter.get("base_model_name_or_path"), adapter.get("revision")
+    config = read_object(folder / "adapter_config.json")
+    if adapterhub.is_config(config):
+        base, name = config.get("model_name"), adapterhub.own_name(config)
+        if not isinstance(base, str) or not base:
+            raise UnsupportedModel(
+                "this is an adapter whose adapter_config.json names no base model: give it by --model, and this one by "
+                f"--adapter {name}=..."
+            )
+        return Adapter("adapterhub", name, base)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise UnsupportedModel("this is an adapter whose adapter_config.json names no base model")
-    return base, revision if isinstance(revision, str) else None
+    return Adapter("peft", folder.name, base, revision if isinstance(revision, str) else None)
 
 
-def choose(folder: Path, backend: str = "auto", *, base: Path | None = None, allow_unverified: bool = False) -> Choice:
+def choose(
+    folder: Path,
+    backend: str = "auto",
+    *,
+    base: Path | None = None,
+    has_adapters: bool = False,
+    allow_unverified: bool = False,
+) -> Choice:
     """Read the checkpoint's files. Raises `UnsupportedModel` with what is known, and what was found.
 
-    `base` is the folder of what `base_of` names. MLX is chosen by itself on Apple silicon, for what is verified there.
+    `base` is the folder of what a LoRA adapter in `folder` was made for. `has_adapters`: it is to be run with
+    AdapterHub adapters. MLX is chosen by itself on Apple silicon, for what is verified there.
     """
     architecture = _adapted(base) if base is not None else _architecture(folder)
+    if has_adapters and architecture not in adapterhub.ARCHITECTURES:
+        known = ", ".join(adapterhub.ARCHITECTURES)
+        raise UnsupportedModel(f"--adapter is for models of the architecture {known}, not {architecture!r}")
     if backend == "auto":
         name, reason = _choose_backend(architecture, [folder] if base is None else [folder, base])
     else:
@@ -91,10 +126,10 @@ def _choose_backend(architecture: str, folders: Sequence[Path]) -> tuple[Backend
         return "torch", "no Apple silicon here"
     if importlib.util.find_spec("mlx") is None:
         return "torch", "mlx is not installed"
-    # Of an adapter the weights are its base's, and the tokenizer may be.
-    for needed, places in (("tokenizer.json", folders), ("*.safetensors", folders[-1:])):
-        if not any(any(place.rglob(needed)) for place in places):
-            return "torch", f"the MLX backend needs {needed}"
+    # Of an adapter the tokenizer may be its base's. BERT's can be made of its vocabulary.
+    tokenizers = ("tokenizer.json", "vocab.txt") if architecture == "bert" else ("tokenizer.json",)
+    if not any(any(folder.rglob(name)) for folder in folders for name in tokenizers):
+        return "torch", "the MLX backend needs tokenizer.json"
     return "mlx", "Apple silicon"
 
 
@@ -124,7 +159,7 @@ def load(choice: Choice, folder: Path, options: LoadOptions) -> Backend:
 def _architecture(folder: Path) -> str:
     """What the checkpoint is, once everything around it is known to be run as it should be."""
     if not (folder / "modules.json").exists():
-        return _of_config(folder / "config.json")
+        return "open_clip" if (folder / "open_clip_config.json").exists() else _of_config(folder / "config.json")
     modules = read_json(folder / "modules.json")
     if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
         raise UnsupportedModel("modules.json is not a list of modules")

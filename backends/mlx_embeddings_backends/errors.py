@@ -63,6 +63,15 @@ class ReservedTokenId(InvalidTokenId):
     """A token id that stands for a part of an image: only the model's own image format may place it."""
 
 
+class MissingEndToken(InputError):
+    """Token ids given by the caller without the one whose vector the model takes for the whole text's."""
+
+    def __init__(self, index: int, token_id: int) -> None:
+        super().__init__(f"the token ids lack {token_id}, which ends a text")
+        self.index = index
+        self.token_id = token_id
+
+
 class EmptyInput(InputError):
     """A text of which the tokenizer leaves nothing, such as white space alone."""
 

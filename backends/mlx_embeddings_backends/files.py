@@ -3,11 +3,16 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
+
+# Of a BERT whose files say nothing else.
+BERT_TOKENS: Final = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
+# Keys of tokenizer_config.json that may hold tokens beyond those.
+_MORE_TOKENS: Final = ("additional_special_tokens", "extra_special_tokens", "never_split")
 
 
 def read_json(file: Path) -> Any:
@@ -46,6 +51,53 @@ def read_tokenizer(folders: Sequence[Path], *, remedy: str = "") -> Tokenizer:
     raise ModelError(
         f"the checkpoint has no tokenizer.json: save its tokenizer with transformers' `save_pretrained`{remedy}"
     )
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The tokens that have a name, such as `sep_token`, as transformers finds them in the tokenizer's JSON files."""
+    return {name: token.content for name, token in _named_tokens(folder).items()}
+
+
+def make_bert_tokenizer(folder: Path) -> Tokenizer:
+    """Of vocab.txt and the tokenizer's JSON files, as transformers' BertTokenizer makes it. Raises `ModelError`.
+
+    The normalizer's options are left to the caller, as they are where there is a tokenizer.json.
+    """
+    config = read_optional_object(folder / "tokenizer_config.json")
+    named = {name: AddedToken(text, special=True) for name, text in BERT_TOKENS.items()} | _named_tokens(folder)
+    listed = config.get("added_tokens_decoder") or {}
+    listed = [token for token in listed.values() if isinstance(token, dict)] if isinstance(listed, dict) else []
+    added = {token.content: token for token in (*named.values(), *map(_added_token, listed))}
+    try:
+        vocabulary = models.WordPiece.read_file(str(folder / "vocab.txt"))
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=named["unk_token"].content))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelError(f"vocab.txt cannot be read: {error}") from error
+    others = (folder / "added_tokens.json").exists() or any(map(config.get, _MORE_TOKENS))
+    if others or not added.keys() <= vocabulary.keys():
+        raise ModelError("the checkpoint has no tokenizer.json, and special tokens that its vocab.txt has not")
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_tokens(list(added.values()))
+    sep, cls = ((named[name].content, vocabulary[named[name].content]) for name in ("sep_token", "cls_token"))
+    tokenizer.post_processor = processors.BertProcessing(sep, cls)
+    return tokenizer
+
+
+def _named_tokens(folder: Path) -> dict[str, AddedToken]:
+    config = read_optional_object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config |= read_optional_object(folder / "special_tokens_map.json")
+    named = {name: token for name, token in config.items() if name.endswith("_token") and token}
+    return {name: _added_token(token) for name, token in named.items() if isinstance(token, str | dict)}
+
+
+def _added_token(token: str | dict[str, Any]) -> AddedToken:
+    """As one of these files has it: a text, or an object."""
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    flags = {name: bool(token[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+    return AddedToken(str(token.get("content")), special=True, **flags)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILES = ("config.json", "modules.json", "open_clip_config.json", "adapter_config.json")
 
-ALIASES = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
+ALIASES = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2", "specter2": "allenai/specter2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ _TEXT = re.compile(r".*\.(json|txt|model|jinja|vocab|bpe|spm|tiktoken|codes)", r
 _PICKLE = re.compile(r"(?!openvino).*(model|adapter).*\.bin", re.IGNORECASE)
 _OTHER_FOLDER = re.compile(r"\..*|(onnx|openvino|coreml|gguf|tensorflow|flax|checkpoint-).*|tf|runs|logs|eval|original")
 _TRAINING = re.compile(r"(train|eval|test|all)_results\..*|(trainer_|training_|optimizer|scheduler|rng_state).*")
+_TRANSFORMERS_WEIGHTS = re.compile(r"(pytorch_)?model(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\..*")
 _TOKENIZER = re.compile(r"(tokenizer|vocab|preprocessor_config)\.json|vocab\.txt|.*\.(model|vocab|bpe|spm|tiktoken)")
 _REVISION = re.compile(r"(?!.*\.\.)[!-.0-\[\]-~][!-\[\]-~]*")  # printable, no backslash, not absolute
@@ -101,6 +102,9 @@ def needed(files: Iterable[str]) -> list[str]:
     for name in map(PurePosixPath, filter(_inside, files)):
         if not _TRAINING.fullmatch(name.name) and not any(map(_OTHER_FOLDER.fullmatch, name.parts[:-1])):
             kept.append(name)
+    # Repositories of open_clip's models have the weights a second time, for transformers or timm.
+    open_clip = {name.parent for name in kept if name.name.startswith("open_clip_") and name.suffix != ".json"}
+    kept = [name for name in kept if not (name.parent in open_clip and _TRANSFORMERS_WEIGHTS.fullmatch(name.name))]
     with_safetensors = {name.parent for name in kept if name.suffix == ".safetensors"}
     return sorted(
         str(name)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mlx_embeddings_backends.base import Item, Truncate
+from mlx_embeddings_backends.base import Item, Prepared, Truncate
 from mlx_embeddings_backends.errors import EmptyInput, InputTooLong, InvalidTokenId
 
 
@@ -18,6 +18,14 @@ class Tokens:
 
     ids: NDArray[np.int64]
     truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What all items of a batch have in common."""
+
+    adapter: str | None = None
+    unpooled_tokens: int = 0  # at the start, which pooling leaves out: those of an INSTRUCTOR's prompt
 
 
 class TextTokenizer:
@@ -123,6 +131,48 @@ class TextTokenizer:
         if room <= 0:
             return []
         return head + (content[:room] if truncate == "end" else content[-room:]) + tail
+
+
+def prepare_texts(
+    tokenizer: TextTokenizer,
+    items: Sequence[Item],
+    truncate: Truncate,
+    *,
+    adapters: Sequence[str] = (),
+    pools_prompt: bool = True,
+) -> list[Prepared]:
+    """What text encoders make of items for their queue: token ids, and the `Group` of each.
+
+    `adapters` are the model's, the default first. Raises an `InputError`; and a `ValueError` for an adapter that the
+    model has not: nobody gets another one's vectors.
+    """
+    groups = {}
+    for prompt, adapter in {(item.prompt, item.adapter) for item in items}:
+        if adapter is not None and adapter not in adapters:
+            raise ValueError(f"the model has no adapter {adapter!r}")
+        groups[prompt, adapter] = Group(
+            adapter or next(iter(adapters), None),
+            0 if pools_prompt or not prompt else tokenizer.count_before_end(prompt),
+        )
+    return [
+        Prepared(each.ids, len(each.ids), each.truncated, groups[item.prompt, item.adapter])
+        for item, each in zip(items, tokenizer.encode(items, truncate), strict=True)
+    ]
+
+
+def pad(
+    items: Sequence[NDArray[np.int64]], pad_id: int, max_tokens: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids of each item -> [batch, tokens], and where there are real ones. Padding is on the right.
+
+    Of few lengths, up to `max_tokens`, so that kernels and buffers that are made for one come up again.
+    """
+    lengths = np.array([len(ids) for ids in items])
+    longest = min(-(-int(lengths.max()) // 8) * 8, max_tokens)
+    ids = np.full((len(items), longest), pad_id, dtype=np.int64)
+    mask = np.arange(longest) < lengths[:, None]
+    ids[mask] = np.concatenate(items)
+    return ids, mask
 
 
 def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:

@@ -9,6 +9,7 @@ from mlx_embeddings_server.errors import InvalidRequest, quoted
 
 # A string that is nothing but an http(s) URL, or a data URI of an image. Nothing is tried twice: texts may be large.
 _IMAGE: Final = re.compile(r"\s*+(?:https?://\S++\s*+\Z|data:image/)", re.IGNORECASE)
+_PAPER: Final = {"title", "abstract"}
 _KINDS: Final = {"text": "a text", "image": "an image"}
 
 
@@ -20,17 +21,27 @@ class ImageSource:
     text: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    modalities: Sequence[str]
+    separator: str | None
+
+
 Content = str | tuple[int, ...] | ImageSource
 
 
-def parse_input(value: Any, *, modalities: Sequence[str], max_inputs: int) -> list[Content]:
+def parse_input(
+    value: Any, *, modalities: Sequence[str], separator: str | None = None, max_inputs: int
+) -> list[Content]:
     """A string, token ids, an item, or a list of 1 to `max_inputs` of these. Raises `InvalidRequest`.
 
     Where the model takes images, a string that is an http(s) URL or a `data:image/` URI is one, with or without white
     space around it; a URL among other words is text. A chat's parts of the types `text` and `image_url` are items too.
+    A paper's `title` and `abstract` are one text with `separator` between, where the model has one.
     """
+    model = _Model(modalities, separator)
     if isinstance(value, str | dict):
-        return [_parse_one(value, "input", modalities)]
+        return [_parse_one(value, "input", model)]
     if not isinstance(value, list):
         raise _invalid(
             f"input must be a string, token ids, an item or a list of them, not {_kind(value)}", "invalid_type"
@@ -38,25 +49,25 @@ def parse_input(value: Any, *, modalities: Sequence[str], max_inputs: int) -> li
     if not value:
         raise _invalid("input is an empty list: send at least one text", "empty_input")
     if _is_integer(value[0]):
-        return [_parse_one(value, "input", modalities)]
+        return [_parse_one(value, "input", model)]
     if len(value) > max_inputs:
         raise _invalid(
             f"input has {len(value)} items, the limit is {max_inputs}: send several requests", "too_many_inputs"
         )
-    return [_parse_one(each, f"input[{index}]", modalities) for index, each in enumerate(value)]
+    return [_parse_one(each, f"input[{index}]", model) for index, each in enumerate(value)]
 
 
-def _parse_one(value: Any, where: str, modalities: Sequence[str]) -> Content:
+def _parse_one(value: Any, where: str, model: _Model) -> Content:
     if isinstance(value, str):
-        if "image" in modalities and _IMAGE.match(value):
+        if "image" in model.modalities and _IMAGE.match(value):
             return ImageSource(value)
-        _check_modality("text", where, modalities)
+        _check_modality("text", where, model.modalities)
         return _text(value, where)
     if isinstance(value, list):
-        _check_modality("text", where, modalities)
+        _check_modality("text", where, model.modalities)
         return _token_ids(value, where)
     if isinstance(value, dict):
-        return _item(value, where, modalities)
+        return _item(value, where, model)
     raise _invalid(f"{where} must be a string, a list of token ids or an item, not {_kind(value)}", "invalid_type")
 
 
@@ -77,21 +88,34 @@ def _token_ids(value: list[Any], where: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _item(value: dict[str, Any], where: str, modalities: Sequence[str]) -> str | ImageSource:
+def _item(value: dict[str, Any], where: str, model: _Model) -> str | ImageSource:
     value = _without_type(value)
-    if value.keys() & {"title", "abstract"}:
-        raise _invalid(
-            f'{where} is a paper, and this model takes plain texts: send {{"text": ...}}', "unsupported_modality"
-        )
+    if value.keys() & _PAPER:
+        return _paper(value, where, model.separator)
     for modality in value.keys() & _KINDS.keys():
-        _check_modality(modality, where, modalities)
+        _check_modality(modality, where, model.modalities)
     if not value or not value.keys() <= _KINDS.keys():
-        known = " or ".join(f'{{"{modality}": ...}}' for modality in modalities)
+        known = " or ".join(f'{{"{modality}": ...}}' for modality in model.modalities)
         raise _invalid(f"{where} must be {known}, it has the keys {quoted(', '.join(value))}", "invalid_type")
     if "image" not in value:
         return _text(value["text"], f"{where}.text")
     text = _text(value["text"], f"{where}.text") if "text" in value else None
     return ImageSource(_text(value["image"], f"{where}.image"), text)
+
+
+def _paper(value: dict[str, Any], where: str, separator: str | None) -> str:
+    """SPECTER2's form of a paper; one without an abstract ends in the separator."""
+    if separator is None:
+        raise _invalid(f'{where} is a paper, and this model takes none: send {{"text": ...}}', "unsupported_modality")
+    if "title" not in value or not value.keys() <= _PAPER:
+        raise _invalid(
+            f'{where} must be {{"title": ..., "abstract": ...}}, it has the keys {quoted(", ".join(value))}',
+            "invalid_type",
+        )
+    title, abstract = _text(value["title"], f"{where}.title"), value.get("abstract")
+    if not isinstance(abstract, str | None):
+        raise _invalid(f"{where}.abstract must be a string, not {_kind(abstract)}", "invalid_type")
+    return f"{title}{separator}{abstract or ''}"
 
 
 def _without_type(value: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from mlx_embeddings_server.routes.requests import runtime_of
 
 router = APIRouter(tags=["Service"])
 
-_ENDPOINTS = ("/v1/embeddings", "/v1/models", "/health", "/livez", "/readyz", "/metrics", "/docs")
+_ENDPOINTS = ("/v1/embeddings", "/v1/models", "/embed", "/health", "/livez", "/readyz", "/metrics", "/docs")
 
 
 @router.head("/", include_in_schema=False)

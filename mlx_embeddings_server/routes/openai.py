@@ -1,6 +1,5 @@
 """OpenAI's API: /v1/embeddings and /v1/models."""
 
-import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,6 +11,7 @@ from mlx_embeddings_backends.base import PatchGrid, Truncate
 from mlx_embeddings_server.codec import embedding_list, encode_inputs, quantize
 from mlx_embeddings_server.inputs.parse import parse_input
 from mlx_embeddings_server.models import ServedModel
+from mlx_embeddings_server.routes.replies import embedding_headers, joined
 from mlx_embeddings_server.routes.requests import KeyedRoute, disconnects_of, read_json, runtime_of
 from mlx_embeddings_server.schemas.openai import EmbeddingsRequest
 from mlx_embeddings_server.service import Embeddings, EmbedOptions
@@ -38,11 +38,16 @@ async def create_embeddings(request: Request) -> Response:
     body = await read_json(request, EmbeddingsRequest)
     runtime = runtime_of(request)
     model = runtime.models.get(body.model)
-    contents = parse_input(body.input, modalities=model.info.modalities, max_inputs=runtime.settings.max_request_inputs)
+    contents = parse_input(
+        body.input,
+        modalities=model.info.modalities,
+        separator=model.info.separator,
+        max_inputs=runtime.settings.max_request_inputs,
+    )
     work = runtime.service.embed(model, contents, _options(body))
     result = await disconnects_of(request).until_gone(request, work)
     rows = quantize(result.rows, body.output_dtype or "float")
-    headers = _headers(result, runtime.service.dimensions_policy)
+    headers = embedding_headers(result, runtime.service.dimensions_policy)
     if request.headers.get("accept", "").startswith(_OCTET_STREAM):
         headers |= _describe_bytes(result, rows.shape[1], with_patches="patches" in (body.include or ()))
         return Response(rows.tobytes(), media_type=_OCTET_STREAM, headers=headers)
@@ -52,7 +57,7 @@ async def create_embeddings(request: Request) -> Response:
     values = encode_inputs(rows, result.lengths, body.encoding_format or "float")
     if body.include:
         values = _with_patches(values, result.patches)
-    content = await _join(embedding_list(values, model=model.name, usage=usage))
+    content = await joined(embedding_list(values, model=model.name, usage=usage))
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -80,6 +85,7 @@ def _options(body: EmbeddingsRequest) -> EmbedOptions:
         input_type=body.input_type,
         prompt=body.prompt,
         prompt_name=body.prompt_name,
+        adapter=body.adapter,
         truncate=truncate,
         dimensions=body.dimensions,
         normalize=body.normalize,
@@ -95,17 +101,6 @@ def _with_patches(values: Iterable[dict[str, Any]], patches: Sequence[PatchGrid 
         yield value if grid is None else value | {"patches": asdict(grid)}
 
 
-async def _join(parts: Iterator[bytes]) -> bytes:
-    """One body; where it is large, other requests get their turn after each megabyte."""
-    body, turn = bytearray(), 0
-    for part in parts:
-        body += part
-        if len(body) - turn > 1_000_000:
-            turn = len(body)
-            await asyncio.sleep(0)
-    return bytes(body)
-
-
 def _describe_bytes(result: Embeddings, dimensions: int, *, with_patches: bool) -> dict[str, str]:
     """`inputs,dimensions`; with a multi-vector model `vectors,dimensions` of each input, with semicolons between."""
     lengths = [len(result.rows)] if result.lengths is None else result.lengths
@@ -116,22 +111,6 @@ def _describe_bytes(result: Embeddings, dimensions: int, *, with_patches: bool) 
     if with_patches:
         grids = ("" if grid is None else f"{grid.rows},{grid.columns},{grid.offset}" for grid in result.patches)
         headers["X-Embeddings-Patches"] = ";".join(grids)
-    return headers
-
-
-def _headers(result: Embeddings, dimensions_policy: str) -> dict[str, str]:
-    timings = (
-        ("tokenize", result.tokenize_seconds),
-        ("queue", result.queue_seconds),
-        ("inference", result.inference_seconds),
-    )
-    headers = {
-        "Server-Timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in timings),
-        "X-Embeddings-Provider": result.provider,
-        "X-Embeddings-Dimensions-Policy": dimensions_policy,
-    }
-    if result.truncated:
-        headers["X-Embeddings-Truncated"] = ",".join(map(str, result.truncated))
     return headers
 
 
@@ -149,6 +128,7 @@ def _describe(model: ServedModel) -> dict[str, Any]:
         "max_tokens": info.max_tokens,
         "modalities": info.modalities,
         "output": info.output,
+        "adapters": info.adapters,
         "verified": model.choice.verified,
         "loaded": model.engine.state == "ready",
     }

@@ -12,6 +12,8 @@ _ITEM_SCHEMA = {
     "properties": {
         "text": {"type": "string"},
         "image": {"type": "string", "description": "http(s) URL, data URI or base64"},
+        "title": {"type": "string", "description": "a paper's, with its abstract"},
+        "abstract": {"type": "string"},
     },
 }
 _TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer"}}
@@ -47,6 +49,9 @@ class EmbeddingsRequest(BaseModel):
         None, description="Put before each text. Exclusive with input_type and prompt_name."
     )
     prompt_name: str | None = Field(None, description="One of the checkpoint's prompts.")
+    adapter: str | None = Field(
+        None, description="One of the model's adapters, as SPECTER2 has them. Default: by input_type, else the first."
+    )
     truncate: StrictBool | Literal["none", "end", "start"] | None = Field(
         None,
         description="What to do with inputs that are too long: refuse (none, false), cut (end, true), cut (start).",

@@ -42,12 +42,16 @@ class TextCheckpoint:
     default_prompt: str | None = None
 
 
-def read_text_checkpoint(folder: Path) -> TextCheckpoint:
-    """`detect.choose` has looked at modules.json before: its types are known, and its paths lie in the folder."""
+def read_text_checkpoint(folder: Path, *, has_adapters: bool = False) -> TextCheckpoint:
+    """`detect.choose` has looked at modules.json before: its types are known, and its paths lie in the folder.
+
+    AdapterHub's adapters are trained to give their vector in place of [CLS], where no modules.json says otherwise.
+    """
     if not (folder / "modules.json").exists():
         config = read_optional_object(folder / "config.json")
         limit = read_optional_object(folder / "tokenizer_config.json").get("model_max_length")
-        return TextCheckpoint(folder, config, [_pooling_of_bare(folder, config)], max_seq_length=limit)
+        pooling = Part("Pooling", folder, {"pooling_mode": "cls" if has_adapters else _mode_of_bare(config)})
+        return TextCheckpoint(folder, config, [pooling], max_seq_length=limit)
     modules = read_json(folder / "modules.json")
     transformer, *parts = [
         (str(module["type"]).rpartition(".")[2], folder / module.get("path", "")) for module in modules
@@ -70,10 +74,10 @@ def read_text_checkpoint(folder: Path) -> TextCheckpoint:
     )
 
 
-def _pooling_of_bare(folder: Path, config: dict[str, Any]) -> Part:
+def _mode_of_bare(config: dict[str, Any]) -> str:
     """What sentence-transformers would use: the last token of a language model, the mean of anything else."""
     architecture = str((config.get("architectures") or [""])[0])
-    return Part("Pooling", folder, {"pooling_mode": "lasttoken" if architecture.endswith("ForCausalLM") else "mean"})
+    return "lasttoken" if architecture.endswith("ForCausalLM") else "mean"
 
 
 def _settings(transformer: Path) -> dict[str, Any]:

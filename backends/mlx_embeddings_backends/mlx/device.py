@@ -1,6 +1,10 @@
 """MLX itself: which device, how much memory it may keep, and a checkpoint's weights into a module."""
 
+import importlib.util
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +16,13 @@ from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
 
 from mlx_embeddings_backends.base import DType
-from mlx_embeddings_backends.errors import DeviceLost, ModelError
+from mlx_embeddings_backends.errors import DeviceLost, MissingDependency, ModelError
 from mlx_embeddings_backends.files import weight_files
 
 DTYPES: dict[DType, mx.Dtype] = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+# The module that turns a pickle into safetensors. It imports torch: only ever run, never imported, from here.
+PICKLE_READER: Final = "mlx_embeddings_backends.torch.pickles"
 
 # Padded tokens a batch, as on torch: on a CPU larger batches fall out of its caches, a GPU wants more to do at once.
 CPU_BATCH_TOKENS = 2048
@@ -78,14 +85,9 @@ def is_device_lost(message: str) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, mx.array]:
-    """The tensors of the folder's safetensors files by name, one file or many. Read when evaluated, not before."""
+    """The tensors of the folder's weights by name, one file or many. Those of safetensors are read when evaluated."""
     weights: dict[str, mx.array] = {}
     for file in weight_files(folder):
-        if file.suffix != ".safetensors":
-            raise ModelError(
-                "the weights are pickles, which the MLX backend does not read: convert them to safetensors, or use "
-                "--backend torch"
-            )
         tensors = read_tensors(file)
         if twice := weights.keys() & tensors.keys():
             raise ModelError(f"{file.name} holds {min(twice)}, which another file of the folder holds too")
@@ -94,7 +96,31 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def read_tensors(file: Path) -> dict[str, mx.array]:
-    """Those of one safetensors file. Raises `ModelError`."""
+    """Those of one file of safetensors, or of a pickle. Raises `ModelError`."""
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+
+
+def _read_pickle(file: Path) -> dict[str, mx.array]:
+    """By another process, which has torch: imported into this one, it would take 500 MB for good."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependency(
+            f"{file.name} is a pickle, which the MLX backend reads with the package 'torch': `pip install torch`, or "
+            "convert it to safetensors"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / file.name  # which errors name
+        # -P: what lies in the directory that the server was started in is nobody's module.
+        command = [sys.executable, "-P", "-m", PICKLE_READER, str(file), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or [f"its reader ended with {done.returncode}"])[-1]
+            raise ModelError(reason if file.name in reason else f"{file.name} cannot be read: {reason}")
+        tensors = _read_safetensors(target)
+        mx.eval(tensors)  # while the file is there
+    return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, mx.array]:
     try:
         return cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
     except (RuntimeError, ValueError, IndexError) as error:  # what its C++ exceptions become

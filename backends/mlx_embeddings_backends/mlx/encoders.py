@@ -5,7 +5,7 @@ ones, [batch, tokens] with padding on the right, and returns the last hidden sta
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ from mlx.nn.layers.activations import GELU, ReLU, SiLU
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.linear import Linear
 
+from mlx_embeddings_backends import adapterhub
 from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
 from mlx_embeddings_backends.mlx.library import library
 
@@ -35,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[], Callable[[mx.array], mx.array]]] = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # What is before a model's own names when it is a part of another, and which of the other's weights are not for us.
-_PREFIX = re.compile(r"(bert|roberta|model)\.")
+_PREFIX = re.compile(r"(module\.)?(bert|roberta|model)\.|module\.")
 _UNUSED = re.compile(
     r"(pooler|cls|lm_head|head|decoder|classifier|score)\..*|(.*\.)?(position_ids|token_type_ids|rotary_emb\.inv_freq)"
 )
@@ -117,6 +118,21 @@ class SelfAttention(Module):
         return mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, dim)
 
 
+class Bottleneck:
+    """What an adapter adds behind one layer: [batch, tokens, dim] -> the same, in the dtype of the model."""
+
+    def __init__(self, layer: adapterhub.Bottleneck[mx.array], non_linearity: str, dtype: mx.Dtype) -> None:
+        self._down, self._down_bias, self._up, self._up_bias = (
+            weight.astype(dtype).T for weight in (layer.down_weight, layer.down_bias, layer.up_weight, layer.up_bias)
+        )
+        mx.eval(self._down, self._down_bias, self._up, self._up_bias)
+        self._activation = activation(non_linearity)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        hidden = self._activation(mx.addmm(self._down_bias, x, self._down))  # [batch, tokens, bottleneck]
+        return mx.addmm(self._up_bias, hidden, self._up)
+
+
 class Bert(Encoder):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -129,8 +145,18 @@ class Bert(Encoder):
             layer.attention.self = SelfAttention(args.hidden_size, args.num_attention_heads)
             layer.intermediate.intermediate_act_fn = activation(config.get("hidden_act", "gelu"))
 
-    def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
-        hidden: mx.array = self.encoder(self.embeddings(ids), mask[:, None, None])
+    def __call__(
+        self, ids: mx.array, mask: mx.array, bottlenecks: Sequence[Bottleneck | None] | None = None
+    ) -> mx.array:
+        """By way of an adapter's `bottlenecks`, one a layer, where they are given."""
+        hidden: mx.array = self.embeddings(ids)
+        mask = mask[:, None, None]
+        layers = self.encoder.layer
+        for layer, bottleneck in zip(layers, bottlenecks or [None] * len(layers), strict=True):
+            attended = layer.attention(hidden, mask)
+            hidden = layer.output.dense(layer.intermediate(attended)) + attended
+            normed = layer.output.LayerNorm(hidden)
+            hidden = normed if bottleneck is None else layer.output.LayerNorm(hidden + bottleneck(normed))
         return hidden
 
 

@@ -2,21 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 from PIL import Image
-from tokenizers import Regex, Tokenizer, normalizers
 
-from mlx_embeddings_backends.base import Backend, EncodedImage, Item, LoadOptions, ModelInfo, Prepared, Truncate
-from mlx_embeddings_backends.errors import InputError, InvalidImage, ModelError, UnsupportedModel
-from mlx_embeddings_backends.files import read_optional_object, read_tokenizer
-from mlx_embeddings_backends.images import decode
+from mlx_embeddings_backends.base import LoadOptions, ModelInfo
+from mlx_embeddings_backends.dual_encoder import Batch, DualEncoder
+from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
+from mlx_embeddings_backends.files import read_optional_object
 from mlx_embeddings_backends.mlx.device import (
     DTYPES,
     batch_tokens,
@@ -28,15 +26,9 @@ from mlx_embeddings_backends.mlx.device import (
 )
 from mlx_embeddings_backends.mlx.encoders import Config, activation, refuse
 from mlx_embeddings_backends.mlx.library import library
-from mlx_embeddings_backends.tokenization import TextTokenizer
+from mlx_embeddings_backends.siglip_text import read_siglip_tokenizer
 
 IN_PROJECTION = "vision_model.head.attention.in_proj"
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    kind: Literal["text", "image"]
-    inputs: NDArray[np.int32] | NDArray[np.float32]  # ids [batch, max_tokens], or pixels [batch, height, width, 3]
 
 
 class Siglip(Module):
@@ -54,14 +46,13 @@ class Siglip(Module):
                 layer.mlp.activation_fn = activation(own.get("hidden_act", "gelu_pytorch_tanh"))
         self.vision_model.head.mlp.activation_fn = activation(vision.get("hidden_act", "gelu_pytorch_tanh"))
 
-    def __call__(self, batch: Batch, dtype: mx.Dtype) -> mx.array:
-        """-> [batch, dimensions], as transformers' get_text_features and get_image_features have them."""
-        inputs = mx.array(batch.inputs)
-        if batch.kind == "text":
-            _, vectors = self.text_model(inputs)
-        else:
-            _, vectors = self.vision_model(inputs.astype(dtype))
-        return mx.array(vectors)
+    def embed_texts(self, ids: mx.array) -> mx.array:
+        """[batch, tokens] -> [batch, dimensions], as transformers' get_text_features has them."""
+        return mx.array(self.text_model(ids)[1])
+
+    def embed_images(self, pixels: mx.array) -> mx.array:
+        """[batch, height, width, 3] -> [batch, dimensions], as transformers' get_image_features has them."""
+        return mx.array(self.vision_model(pixels)[1])
 
 
 class Pixels:
@@ -93,7 +84,7 @@ class Pixels:
         return values
 
 
-class MlxSiglip(Backend):
+class MlxSiglip(DualEncoder):
     """Texts are padded to the full length, and the padding attended to, as in training."""
 
     def __init__(self, folder: Path, options: LoadOptions) -> None:
@@ -114,75 +105,38 @@ class MlxSiglip(Backend):
 
         vocabulary_size, _ = self._model.text_model.embeddings.token_embedding.weight.shape
         positions, _ = self._model.text_model.embeddings.position_embedding.weight.shape
-        tokenizer_config = read_optional_object(folder / "tokenizer_config.json")
-        tokenizer = _tokenizer(folder, tokenizer_config)
-        self._pad_id = _pad_id(folder, tokenizer_config, tokenizer)
-        max_tokens = int(min(tokenizer_config.get("model_max_length") or positions, positions))
-        self._tokenizer = TextTokenizer(tokenizer, max_tokens=max_tokens, vocabulary_size=vocabulary_size)
-        self._patches: int = self._model.vision_model.embeddings.num_patches
+        self._tokenizer, self._pad_id = read_siglip_tokenizer(
+            folder, positions=positions, vocabulary_size=vocabulary_size
+        )
+        self._pads_fully = True
+        self._image_tokens = self._model.vision_model.embeddings.num_patches
         self.info = ModelInfo(
             backend="mlx",
             device=device,
             dtype=dtype,
             dimensions=_dimensions(self._model),
-            max_tokens=max_tokens,
+            max_tokens=self._tokenizer.max_tokens,
             vocabulary_size=vocabulary_size,
             normalize=True,
             batch_tokens=batch_tokens(device),
             modalities=("text", "image"),
         )
 
-    def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
-        places = [index for index, item in enumerate(items) if not isinstance(item.content, EncodedImage)]
-        try:
-            tokens = iter(self._tokenizer.encode([items[index] for index in places], truncate))
-        except InputError as error:
-            raise error.within(places) from None
-        prepared = []
-        for index, item in enumerate(items):
-            if isinstance(item.content, EncodedImage):
-                prepared.append(self._prepare_image(index, item.content))
-            else:
-                each = next(tokens)
-                prepared.append(Prepared(each.ids, tokens=len(each.ids), truncated=each.truncated, group="text"))
-        return prepared
+    def _preprocess(self, image: Image.Image) -> NDArray[np.uint8]:
+        return self._pixels.resize(image)
 
-    def _prepare_image(self, index: int, image: EncodedImage) -> Prepared:
-        if image.text is not None:
-            raise InvalidImage(index, "the model embeds a text or an image, not both as one: send them as two inputs")
-        try:
-            pixels = self._pixels.resize(decode(image.data))
-        except InputError as error:
-            raise error.within([index]) from None
-        return Prepared(pixels, tokens=self._patches, group="image")
+    def _join(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        return self._pixels.normalize(np.stack(images))
 
-    def collate(self, batch: Sequence[Prepared]) -> Batch:
-        if batch[0].group == "image":
-            return Batch("image", self._pixels.normalize(np.stack([prepared.payload for prepared in batch])))
-        ids = np.full((len(batch), self.info.max_tokens), self._pad_id, dtype=np.int32)
-        for row, prepared in enumerate(batch):
-            ids[row, : len(prepared.payload)] = prepared.payload
-        if ids.max() >= self.info.vocabulary_size:  # MLX would read whatever lies behind its table
-            raise ModelError("the checkpoint's tokenizer gives token ids that its model does not have")
-        return Batch("text", ids)
-
-    def run(self, batch: Batch) -> NDArray[np.float32]:
-        # The queue counts a text's own tokens, the device works on the padding too: short texts come in great numbers.
-        length = self.info.max_tokens if batch.kind == "text" else self._patches
-        rows = max(1, self.info.batch_tokens // length)
-        parts = []
+    def _forward(self, batch: Batch) -> NDArray[np.float32]:
         with device_errors():
-            for start in range(0, len(batch.inputs), rows):
-                part = Batch(batch.kind, batch.inputs[start : start + rows])
-                vectors = self._model(part, self._dtype).astype(mx.float32)  # [rows, dimensions]
-                mx.eval(vectors)
-                parts.append(np.array(vectors))
-        return np.concatenate(parts)
-
-    def warm_up(self) -> None:
-        super().warm_up()
-        height, width = self._pixels.size
-        self.run(Batch("image", np.zeros((1, height, width, 3), np.float32)))
+            if batch.kind == "text":
+                vectors = self._model.embed_texts(mx.array(batch.inputs.astype(np.int32)))
+            else:
+                vectors = self._model.embed_images(mx.array(batch.inputs).astype(self._dtype))
+            vectors = vectors.astype(mx.float32)  # [batch, dimensions]
+            mx.eval(vectors)
+            return np.array(vectors)
 
 
 def _known(kind: Any, config: Config) -> Any:
@@ -209,33 +163,6 @@ def _own_weights(weights: Mapping[str, mx.array], quantization: Mapping[str, Any
         packed, scales, biases = (own.pop(f"{IN_PROJECTION}.{part}") for part in ("weight", "scales", "biases"))
         own[f"{IN_PROJECTION}.weight"] = mx.dequantize(packed, scales, biases, how["group_size"], how["bits"])
     return own
-
-
-def _tokenizer(folder: Path, config: Config) -> Tokenizer:
-    tokenizer = read_tokenizer([folder])
-    if config.get("tokenizer_class") == "SiglipTokenizer":
-        # That class does this to a text, whether or not tokenizer.json says so. Doing it twice changes nothing.
-        steps: list[normalizers.Normalizer] = [
-            normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Strip(),
-        ]
-        if config.get("do_lower_case", True):
-            steps.insert(0, normalizers.Lowercase())
-        if tokenizer.normalizer is not None:
-            steps.append(tokenizer.normalizer)
-        tokenizer.normalizer = normalizers.Sequence(steps)
-    return tokenizer
-
-
-def _pad_id(folder: Path, config: Config, tokenizer: Tokenizer) -> int:
-    """Of the token that fills a text up."""
-    token = config.get("pad_token") or read_optional_object(folder / "special_tokens_map.json").get("pad_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    pad_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
-    if pad_id is None:
-        raise ModelError("the checkpoint's tokenizer_config.json names no pad_token that its tokenizer has")
-    return int(pad_id)
 
 
 def _dimensions(model: Siglip) -> int:

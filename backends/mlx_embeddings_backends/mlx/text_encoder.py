@@ -1,33 +1,47 @@
 """Text encoders on MLX, in sentence-transformers' format or bare. mlx-embeddings has the layers; the rest is ours."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, normalizers
 
+from mlx_embeddings_backends import adapterhub
 from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Truncate
 from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
-from mlx_embeddings_backends.files import read_optional_object, read_tokenizer
+from mlx_embeddings_backends.files import (
+    BERT_TOKENS,
+    make_bert_tokenizer,
+    read_optional_object,
+    read_tokenizer,
+    special_tokens,
+)
 from mlx_embeddings_backends.mlx.checkpoint import TextCheckpoint, read_text_checkpoint
 from mlx_embeddings_backends.mlx.device import (
+    DTYPES,
     batch_tokens,
     choose_device,
     device_errors,
     fill,
+    read_tensors,
     read_weights,
     use_device,
 )
-from mlx_embeddings_backends.mlx.encoders import make_encoder, own_name, own_weights
+from mlx_embeddings_backends.mlx.encoders import Bert, Bottleneck, make_encoder, own_name, own_weights
 from mlx_embeddings_backends.mlx.modules import Normalize, Pooling, vector_modules
-from mlx_embeddings_backends.tokenization import TextTokenizer
+from mlx_embeddings_backends.tokenization import Group, TextTokenizer, pad, prepare_texts
 
 log = logging.getLogger(__name__)
+
+# transformers' defaults, where a tokenizer's JSON files do not say.
+TOKENIZER_CLASSES: Final = {"bert": "BertTokenizer", "xlm-roberta": "XLMRobertaTokenizer"}
+SEPARATORS: Final = {"BertTokenizer": BERT_TOKENS["sep_token"], "XLMRobertaTokenizer": "</s>"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +50,7 @@ class Batch:
 
     ids: NDArray[np.int32]  # [batch, tokens]
     mask: NDArray[np.bool_]  # [batch, tokens], True where there is a token
-    prompt_tokens: int  # that pooling leaves out
+    group: Group
 
 
 class MlxTextEncoder(Backend):
@@ -45,7 +59,7 @@ class MlxTextEncoder(Backend):
     def __init__(self, folder: Path, options: LoadOptions) -> None:
         device = choose_device(options.device)
         use_device(device)
-        checkpoint = read_text_checkpoint(folder)
+        checkpoint = read_text_checkpoint(folder, has_adapters=bool(options.adapters))
         config = checkpoint.config
         self._encoder = make_encoder(config)
         quantization = config.get("quantization") or {}
@@ -55,10 +69,11 @@ class MlxTextEncoder(Backend):
             options.dtype,
             {own_name(name): value for name, value in quantization.items()},
         )
+        self._forward = self._by_adapter(options.adapters, config, DTYPES[dtype])
         if not checkpoint.parts or checkpoint.parts[0].kind != "Pooling":
             raise UnsupportedModel("the MLX backend knows only Pooling behind the transformer: use --backend torch")
         self._pooling = Pooling(checkpoint.parts[0].config)
-        if not (folder / "modules.json").exists():
+        if not (folder / "modules.json").exists() and not options.adapters:
             log.warning("no modules.json says how tokens become a vector: %s pooling is used", *self._pooling.modes)
         dimensions = self._encoder.dimensions * len(self._pooling.modes)
         modules = vector_modules(checkpoint.parts[1:], dimensions)
@@ -81,40 +96,47 @@ class MlxTextEncoder(Backend):
             batch_tokens=batch_tokens(device),
             prompts=checkpoint.prompts,
             default_prompt=checkpoint.default_prompt,
+            adapters=tuple(options.adapters),
+            separator=_separator(checkpoint),
         )
 
-    def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
-        tokens = self._tokenizer.encode(items, truncate)
-        unpooled = {prompt: self._unpooled_tokens(prompt) for prompt in {item.prompt for item in items}}
-        return [
-            Prepared(each.ids, tokens=len(each.ids), truncated=each.truncated, group=unpooled[item.prompt])
-            for item, each in zip(items, tokens, strict=True)
-        ]
+    def _by_adapter(
+        self, folders: Mapping[str, Path], config: Mapping[str, Any], dtype: mx.Dtype
+    ) -> dict[str | None, Callable[[mx.array, mx.array], mx.array]]:
+        """The encoder's forward pass with each adapter, or that of None where there are none."""
+        if not folders:
+            return {None: self._encoder}
+        if not isinstance(self._encoder, Bert):
+            raise UnsupportedModel(f"adapters are known for BERT only, not for {config.get('model_type')!r}")
+        adapters = adapterhub.read(folders, config, read_tensors)
+        return {
+            name: partial(
+                self._encoder, bottlenecks=[Bottleneck(layer, each.non_linearity, dtype) for layer in each.layers]
+            )
+            for name, each in adapters.items()
+        }
 
-    def _unpooled_tokens(self, prompt: str) -> int:
-        """Tokens at the start that pooling leaves out (INSTRUCTOR): the same for every item of a batch."""
-        return 0 if not prompt or self._pooling.include_prompt else self._tokenizer.count_before_end(prompt)
+    def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
+        return prepare_texts(
+            self._tokenizer,
+            items,
+            truncate,
+            adapters=self.info.adapters,
+            pools_prompt=self._pooling.include_prompt,
+        )
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
         """numpy: MLX's arrays belong to the thread that runs the model."""
-        items: list[NDArray[np.int64]] = [prepared.payload for prepared in batch]
-        longest = max(map(len, items))
-        # Few lengths, so that buffers of their sizes come up again.
-        longest = min(-(-longest // 8) * 8, self.info.max_tokens)
-        ids = np.full((len(items), longest), self._encoder.pad_id, dtype=np.int32)
-        mask = np.zeros((len(items), longest), dtype=np.bool_)
-        for row, each in enumerate(items):
-            ids[row, : len(each)] = each
-            mask[row, : len(each)] = True
+        ids, mask = pad([prepared.payload for prepared in batch], self._encoder.pad_id, self.info.max_tokens)
         if ids.max() >= self.info.vocabulary_size:  # MLX would read whatever lies behind its table
             raise ModelError("the checkpoint's tokenizer gives token ids that its model does not have")
-        return Batch(ids, mask, cast(int, batch[0].group))
+        return Batch(ids.astype(np.int32), mask, cast(Group, batch[0].group))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         with device_errors():
             mask = mx.array(batch.mask)
-            hidden = self._encoder(mx.array(batch.ids), mask).astype(mx.float32)  # [batch, tokens, dim]
-            vectors = self._pooling(hidden, mask, batch.prompt_tokens)
+            hidden = self._forward[batch.group.adapter](mx.array(batch.ids), mask)  # [batch, tokens, dim]
+            vectors = self._pooling(hidden.astype(mx.float32), mask, batch.group.unpooled_tokens)
             for module in self._after:
                 vectors = module(vectors)
             vectors = vectors[:, : self.info.dimensions]  # [batch, dimensions]
@@ -130,13 +152,28 @@ def _max_tokens(max_seq_length: float | None, positions: int) -> int:
     return int(min(limits))
 
 
+def _tokenizer_class(checkpoint: TextCheckpoint) -> str:
+    """As transformers finds it."""
+    named = read_optional_object(checkpoint.transformer / "tokenizer_config.json").get("tokenizer_class")
+    return str(named or TOKENIZER_CLASSES.get(checkpoint.config["model_type"])).removesuffix("Fast")
+
+
+def _separator(checkpoint: TextCheckpoint) -> str | None:
+    default = SEPARATORS.get(_tokenizer_class(checkpoint))
+    return special_tokens(checkpoint.transformer).get("sep_token", default)
+
+
 def _tokenizer(checkpoint: TextCheckpoint) -> Tokenizer:
-    tokenizer = read_tokenizer([checkpoint.transformer], remedy=", or use --backend torch")
-    config = read_optional_object(checkpoint.transformer / "tokenizer_config.json")
+    folder = checkpoint.transformer
+    is_bert = _tokenizer_class(checkpoint) == "BertTokenizer"
+    if is_bert and not (folder / "tokenizer.json").exists() and (folder / "vocab.txt").exists():
+        tokenizer = make_bert_tokenizer(folder)
+    else:
+        tokenizer = read_tokenizer([folder], remedy=", or use --backend torch")
+    config = read_optional_object(folder / "tokenizer_config.json")
     normalizer: Any = tokenizer.normalizer
-    own_class = config.get("tokenizer_class") or "BertTokenizer"
-    if isinstance(normalizer, normalizers.BertNormalizer) and own_class in ("BertTokenizer", "BertTokenizerFast"):
-        # For these transformers goes by tokenizer_config.json, whatever tokenizer.json has.
+    if isinstance(normalizer, normalizers.BertNormalizer) and is_bert:
+        # For this class transformers goes by tokenizer_config.json, whatever tokenizer.json has.
         normalizer.lowercase = config.get("do_lower_case", True)
         normalizer.strip_accents = config.get("strip_accents")
         normalizer.handle_chinese_chars = config.get("tokenize_chinese_chars", True)

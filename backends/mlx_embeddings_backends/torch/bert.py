@@ -6,9 +6,10 @@ batch's tokens laid end to end. LayerNorm, the residual stream and the output ar
 products; softmax accumulates in it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
+
+from mlx_embeddings_backends import adapterhub
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 
@@ -65,10 +68,37 @@ class Layer:
     output_norm: nn.LayerNorm
 
 
-class BertEncoder:
-    """Token ids to the last hidden state."""
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """What an adapter adds behind one layer. x float32 [rows, dim] -> the same."""
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    down: Linear
+    activation: Callable[[Tensor], Tensor]
+    up: Linear
+
+    @classmethod
+    def of(
+        cls, layer: adapterhub.Bottleneck[Tensor], non_linearity: str, to: Callable[[Tensor], Tensor]
+    ) -> "Bottleneck":
+        return cls(
+            Linear(to(layer.down_weight), to(layer.down_bias)),
+            ACT2FN[non_linearity],
+            Linear(to(layer.up_weight), to(layer.up_bias)),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.up(self.activation(self.down(x.to(self.down.weight.dtype)))).float()
+
+
+class BertEncoder:
+    """Token ids to the last hidden state, by way of one of the `adapters` or, where there are none, without."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        adapters: Mapping[str, adapterhub.Adapter[Tensor]] | None = None,
+    ) -> None:
         config = model.config
         embeddings: Any = model.embeddings
         encoder: Any = model.encoder
@@ -94,6 +124,12 @@ class BertEncoder:
             for layer in encoder.layer
             for attention in (layer.attention,)
         ]
+        to = partial(Tensor.to, device=self.words.device, dtype=dtype)
+        # By the name of an adapter, what it adds behind each layer.
+        self.bottlenecks: dict[str | None, Sequence[Bottleneck | None]] = {
+            name: [Bottleneck.of(layer, adapter.non_linearity, to) for layer in adapter.layers]
+            for name, adapter in (adapters or {}).items()
+        } or {None: [None] * len(self.layers)}
 
     @staticmethod
     def covers(config: PretrainedConfig) -> bool:
@@ -133,7 +169,7 @@ class BertEncoder:
         positions: NDArray[np.int64] = np.cumsum(real) * real + self.padding_idx
         return positions
 
-    def __call__(self, packed: PackedTokens) -> Tensor:
+    def __call__(self, packed: PackedTokens, adapter: str | None = None) -> Tensor:
         """-> float32 [batch, longest, dim], zeros where nothing is."""
         batch, longest = packed.attention_mask.shape
         tokens = len(packed.places)
@@ -143,16 +179,20 @@ class BertEncoder:
         if packed.has_padding:
             blocked = torch.zeros(batch, 1, 1, longest, dtype=self.dtype, device=x.device)
             blocked.masked_fill_(packed.attention_mask[:, None, None] == 0, float("-inf"))
-        for layer in self.layers:
-            x = self._layer(x, layer, packed, blocked)
+        for layer, bottleneck in zip(self.layers, self.bottlenecks[adapter], strict=True):
+            x = self._layer(x, layer, packed, blocked, bottleneck)
         hidden = x.new_zeros(batch * longest, x.shape[1]).index_copy_(0, packed.places, x[:tokens])
         return hidden.view(batch, longest, -1)
 
-    def _layer(self, x: Tensor, layer: Layer, packed: PackedTokens, blocked: Tensor | None) -> Tensor:
+    def _layer(
+        self, x: Tensor, layer: Layer, packed: PackedTokens, blocked: Tensor | None, bottleneck: Bottleneck | None
+    ) -> Tensor:
         mixed = self._attend(layer.query_key_value(x.to(self.dtype)), packed, blocked)  # [rows, dim]
         x = layer.attention_norm(layer.attention_output(mixed).float() + x)
         hidden = self.activation(layer.intermediate(x.to(self.dtype)))  # [rows, intermediate]
-        return cast(Tensor, layer.output_norm(layer.output(hidden).float() + x))
+        x = layer.output(hidden).float() + x
+        normed: Tensor = layer.output_norm(x)
+        return normed if bottleneck is None else layer.output_norm(x + bottleneck(normed))
 
     def _attend(self, qkv: Tensor, packed: PackedTokens, blocked: Tensor | None) -> Tensor:
         """qkv [rows, 3 dim] -> [rows, dim]: padded for the attention itself, and packed again."""

@@ -3,7 +3,7 @@
 import logging
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,15 +11,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
+from mlx_embeddings_backends import adapterhub
 from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Truncate
 from mlx_embeddings_backends.errors import DeviceLost, ModelError, UnsupportedModel
-from mlx_embeddings_backends.tokenization import TextTokenizer
+from mlx_embeddings_backends.tokenization import Group, TextTokenizer, pad, prepare_texts
+from mlx_embeddings_backends.torch import pickles
 from mlx_embeddings_backends.torch.bert import BertEncoder, PackedTokens
 from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
 from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
@@ -32,7 +36,7 @@ class Batch:
     """Features of the first module, or tokens for our own encoder; and what the modules behind it look at."""
 
     tokens: dict[str, Tensor] | PackedTokens
-    prompt_tokens: int
+    group: Group
 
 
 class SentenceTransformerBackend(Backend):
@@ -47,13 +51,16 @@ class SentenceTransformerBackend(Backend):
         _check_text_only(transformer)
         _check_weights(transformer)
         if not (folder / "modules.json").exists():
-            modes = [module.pooling_mode for module in rest if isinstance(module, Pooling)]
-            log.warning("no modules.json says how tokens become a vector: %s pooling is used", *modes)
+            if options.adapters:  # which are trained to give their vector in place of [CLS]
+                rest = [Pooling(cast(int, transformer.get_embedding_dimension()), "cls")]
+            else:
+                modes = [module.pooling_mode for module in rest if isinstance(module, Pooling)]
+                log.warning("no modules.json says how tokens become a vector: %s pooling is used", *modes)
         normalize = isinstance(rest[-1], Normalize) and rest[-1].module_input_name == "sentence_embedding"
         self._after: list[nn.Module] = [module.to(device) for module in (rest[:-1] if normalize else rest)]
-        self._prompt_is_pooled = all(module.include_prompt for module in rest if isinstance(module, Pooling))
+        self._pools_prompt = all(module.include_prompt for module in rest if isinstance(module, Pooling))
         self._device = device
-        self._encoder, self._transformer = _place_encoder(transformer, device, TORCH_DTYPES[dtype])
+        self._encoder, self._transformer = _place_encoder(transformer, device, TORCH_DTYPES[dtype], options.adapters)
 
         tokenizer = transformer.tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
@@ -73,38 +80,23 @@ class SentenceTransformerBackend(Backend):
             batch_tokens=batch_tokens(device),
             prompts={name: prompt or "" for name, prompt in model.prompts.items()},
             default_prompt=model.default_prompt_name,
+            adapters=tuple(options.adapters),
+            separator=tokenizer.sep_token,
         )
 
     def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
-        tokens = self._tokenizer.encode(items, truncate)
-        unpooled = {prompt: self._unpooled_tokens(prompt) for prompt in {item.prompt for item in items}}
-        return [
-            Prepared(each.ids, tokens=len(each.ids), truncated=each.truncated, group=unpooled[item.prompt])
-            for item, each in zip(items, tokens, strict=True)
-        ]
-
-    def _unpooled_tokens(self, prompt: str) -> int:
-        """Tokens at the start that pooling leaves out (INSTRUCTOR): the same for every item of a batch."""
-        return 0 if not prompt or self._prompt_is_pooled else self._tokenizer.count_before_end(prompt)
+        return prepare_texts(
+            self._tokenizer, items, truncate, adapters=self.info.adapters, pools_prompt=self._pools_prompt
+        )
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
         items: list[NDArray[np.int64]] = [prepared.payload for prepared in batch]
-        prompt_tokens = cast(int, batch[0].group)
+        group = cast(Group, batch[0].group)
         if self._encoder is not None:
-            return Batch(self._encoder.pack(items), prompt_tokens)
-        return Batch(self._pad(items), prompt_tokens)
-
-    def _pad(self, items: Sequence[NDArray[np.int64]]) -> dict[str, Tensor]:
-        """input_ids and attention_mask [batch, tokens], padded on the right."""
-        longest = max(map(len, items))
-        # Lengths that come up again, for the sake of kernels made for each (see bert.py).
-        longest = min(-(-longest // 8) * 8, self.info.max_tokens)
-        ids = np.full((len(items), longest), self._pad_id, dtype=np.int64)
-        mask = np.zeros((len(items), longest), dtype=np.int64)
-        for row, each in enumerate(items):
-            ids[row, : len(each)] = each
-            mask[row, : len(each)] = 1
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+            return Batch(self._encoder.pack(items), group)
+        ids, mask = pad(items, self._pad_id, self.info.max_tokens)
+        features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        return Batch(features, group)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> NDArray[np.float32]:
@@ -119,15 +111,15 @@ class SentenceTransformerBackend(Backend):
         if isinstance(batch.tokens, PackedTokens):
             packed = batch.tokens.to(self._device)
             features = {
-                "token_embeddings": cast(BertEncoder, self._encoder)(packed),
+                "token_embeddings": cast(BertEncoder, self._encoder)(packed, batch.group.adapter),
                 "attention_mask": packed.attention_mask,
             }
         else:
             features = {name: each.to(self._device, non_blocking=True) for name, each in batch.tokens.items()}
             features = cast(nn.Module, self._transformer)(features | {"modality": "text"})
             features["token_embeddings"] = features["token_embeddings"].float()
-        if batch.prompt_tokens:
-            features["prompt_length"] = batch.prompt_tokens
+        if batch.group.unpooled_tokens:
+            features["prompt_length"] = batch.group.unpooled_tokens
         for module in self._after:
             features = module(features)
         rows = features["sentence_embedding"][:, : self.info.dimensions]  # [batch, dimensions]
@@ -153,16 +145,31 @@ def _load(folder: Path) -> SentenceTransformer:
 
 
 def _place_encoder(
-    transformer: Transformer, device: torch.device, dtype: torch.dtype
+    transformer: Transformer, device: torch.device, dtype: torch.dtype, adapters: Mapping[str, Path]
 ) -> tuple[BertEncoder | None, nn.Module | None]:
     """The encoder on its device with products in `dtype`: our own forward pass where it covers the architecture."""
     keeps_only_last_layer = not getattr(transformer.config, "output_hidden_states", False)
     if BertEncoder.covers(transformer.config) and keeps_only_last_layer:
+        layers = adapterhub.read(adapters, transformer.config.to_dict(), _read_tensors)
         transformer.to(device)
-        return BertEncoder(transformer.model, dtype), None
+        return BertEncoder(transformer.model, dtype, layers), None
+    if adapters:
+        raise UnsupportedModel(
+            "adapters are known for a plain BERT only, and config.json describes another: absolute positions, no "
+            "decoder, no output_hidden_states"
+        )
     if dtype != torch.float32:
         use_mixed_products(transformer.model, dtype)
     return None, transformer.to(device)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors":
+        return pickles.read(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ModelError(f"{file.name} cannot be read: {error}") from error
 
 
 def _check_text_only(transformer: Transformer) -> None:

@@ -1,0 +1,82 @@
+"""POST /embed, as the OpenCLIP service and Hugging Face's Text Embeddings Inference (TEI) have it."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from mlx_embeddings_backends.base import ModelInfo, Truncate
+from mlx_embeddings_server.codec import encode_inputs, vector_list
+from mlx_embeddings_server.errors import InvalidRequest
+from mlx_embeddings_server.inputs.parse import Content, parse_input
+from mlx_embeddings_server.routes.replies import embedding_headers, joined
+from mlx_embeddings_server.routes.requests import KeyedRoute, disconnects_of, read_json, runtime_of
+from mlx_embeddings_server.schemas.embed import EmbedRequest
+from mlx_embeddings_server.service import EmbedOptions
+
+router = APIRouter(tags=["OpenCLIP service, TEI"], route_class=KeyedRoute)
+
+PATHS = ("/embed", "/")  # "/" is where clients go that are told TEI's address alone
+_FIELDS = ("texts", "images", "inputs")
+
+
+@router.post("/", include_in_schema=False)
+@router.post(
+    "/embed",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": EmbedRequest.model_json_schema()}}}
+    },
+)
+async def embed(request: Request) -> Response:
+    """`{"texts"}` or `{"images"}` -> `{"embeddings": [...]}`; `{"inputs"}` -> the bare array of vectors.
+
+    As in both services inputs that are too long are cut; `X-Embeddings-Truncated` has their indexes.
+    """
+    body = await read_json(request, EmbedRequest)
+    runtime = runtime_of(request)
+    model = runtime.models.get(body.model) if body.model is not None else next(iter(runtime.models))
+    field = _field(body)
+    contents = _contents(field, getattr(body, field), model.info, runtime.settings.max_request_inputs)
+    work = runtime.service.embed(model, contents, _options(body))
+    result = await disconnects_of(request).until_gone(request, work)
+    before, after = (b"[", b"]") if field == "inputs" else (b'{"embeddings":[', b"]}")
+    content = await joined(vector_list(encode_inputs(result.rows, result.lengths, "float"), before, after))
+    headers = embedding_headers(result, runtime.service.dimensions_policy)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _field(body: EmbedRequest) -> str:
+    given = [name for name in _FIELDS if getattr(body, name) is not None]
+    if not given:
+        raise InvalidRequest("texts, images or inputs is missing", code="missing_required_parameter")
+    if len(given) > 1:
+        raise InvalidRequest(f"{' and '.join(given)} exclude each other: send one of them", param=given[1])
+    return given[0]
+
+
+def _contents(field: str, value: Any, info: ModelInfo, max_inputs: int) -> list[Content]:
+    """Raises `InvalidRequest`."""
+    if field != "inputs" and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        raise InvalidRequest(f"{field} must be a list of strings", param=field, code="invalid_type")
+    wanted: Any = value
+    if field == "texts":  # nothing but texts, whatever they look like
+        wanted = [{"text": each} for each in value]
+    elif field == "images":
+        wanted = [{"image": each} for each in value]
+    return parse_input(wanted, modalities=info.modalities, separator=info.separator, max_inputs=max_inputs)
+
+
+def _options(body: EmbedRequest) -> EmbedOptions:
+    truncate: Truncate
+    match body.truncate:
+        case str():
+            truncate = body.truncate
+        case False:
+            truncate = "none"
+        case _:
+            truncate = "start" if (body.truncation_direction or "").lower() == "left" else "end"
+    return EmbedOptions(
+        prompt_name=body.prompt_name,
+        truncate=truncate,
+        dimensions=body.dimensions,
+        normalize=body.normalize is not False,
+    )
