@@ -100,7 +100,7 @@ INPUTS: list[tuple[Any, str, str]] = [  # input, code, in the message
     ([{"txet": "a"}], "invalid_type", "txet"),
     ({"image": "https://example.com/cat.png"}, "unsupported_modality", "this model takes text only"),
     (["a", {"text": "a", "image": "x"}], "unsupported_modality", "input[1] has an image"),
-    ([{"title": "a", "abstract": "b"}], "unsupported_modality", "input[0] is a paper"),
+    ([{"title": "a", "year": 2017}], "invalid_type", 'input[0] must be {"title": ..., "abstract": ...}'),
 ]
 
 

@@ -210,7 +210,7 @@ def test_adapters_in_the_order_they_are_named_that_of_the_model_first(tmp_path: 
 @pytest.mark.parametrize("model_name", [None, "", 3])
 def test_an_adapter_that_names_no_base(tmp_path: Path, model_name: object) -> None:
     adapter = copy_of_adapter(tmp_path / "mine", name="own", model_name=model_name)
-    with pytest.raises(UnsupportedModel, match="names no base model: give it by --model, and this one by --adapter own"):
+    with pytest.raises(UnsupportedModel, match="no base model: give it by --model, and this one by --adapter own"):
         checkpoints.find(str(adapter))
 
 
