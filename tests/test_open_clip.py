@@ -4,6 +4,8 @@ import base64
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +170,6 @@ def test_nothing_is_downloaded_or_logged(
     kind: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     called: list[Any] = []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: called.append(address))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *address: called.append(address))
@@ -176,7 +177,16 @@ def test_nothing_is_downloaded_or_logged(
         embed(load(kind), TEXTS, "end")
     assert not called
     assert not [record for record in caplog.records if record.name == "root"]
-    assert "TOKENIZERS_PARALLELISM" not in os.environ  # which would slow the tokenizers of other models
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_tokenizers_of_other_models_keep_all_processors(before: str | None) -> None:
+    """open_clip takes them all but one, as it is imported."""
+    script = "import os, mlx_embeddings_backends.torch.open_clip\nprint(os.environ.get('TOKENIZERS_PARALLELISM'))"
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    environment |= {"TOKENIZERS_PARALLELISM": before} if before else {}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == str(before), done.stderr
 
 
 @pytest.fixture(scope="module")
