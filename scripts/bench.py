@@ -31,8 +31,8 @@ from bench_loads import FRESH, LOADS, WORDS, bare_kind, fresh_words, loads_of, r
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 STARTUP_S = 900  # a first start downloads the model
-TIMEOUT_S = 30  # of one request
-STALL_S = 60  # past its time, a run is given this long for what is in flight
+TIMEOUT_S = 60  # of one request
+STALL_S = 90  # past its time, a run is given this long for what is in flight
 
 
 class BenchError(Exception):

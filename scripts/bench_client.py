@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 
 
 async def drive(url: str, bodies: Path, connections: int, seconds: float, limit: int, number: int) -> dict[str, float]:

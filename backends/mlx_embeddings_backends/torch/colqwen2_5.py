@@ -5,7 +5,6 @@ As colpali-engine's `ColQwen2_5`, transformers' Qwen2.5-VL with a projection beh
 """
 
 import logging
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode  # type: ignore[import-untyped]
 from torchvision.transforms.v2 import functional as transforms
@@ -27,10 +24,11 @@ from mlx_embeddings_backends.colqwen import lora
 from mlx_embeddings_backends.colqwen.backend import ColQwenBackend
 from mlx_embeddings_backends.colqwen.batch import ColQwenBatch
 from mlx_embeddings_backends.colqwen.checkpoint import ColQwenConfig, canonical_names, read_config
-from mlx_embeddings_backends.errors import DeviceLost, ModelError, UnsupportedModel
+from mlx_embeddings_backends.errors import DeviceLost, UnsupportedModel
 from mlx_embeddings_backends.files import read_object, weight_files
 from mlx_embeddings_backends.torch import qwen2_5_vision
 from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
+from mlx_embeddings_backends.torch.tensor_files import check_tensors, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +132,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise UnsupportedModel("the weights are quantised, by quantization_config in config.json: use the original")
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        found |= _read_file(file)
+        found |= read_tensors(file)
     weights = {known: found[name] for name, known in canonical_names(found).items()}
     for name, weight in weights.items():
         if not weight.is_floating_point():
@@ -144,25 +142,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _read_file(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ModelError(f"{file.name} is not a safetensors file: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise UnsupportedModel(
-            f"{file.name} is a pickle with more than tensors in it, which could run any code: convert it to safetensors"
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
-        raise UnsupportedModel(f"{file.name} holds something else than the model's weights")
-    return found
-
-
 def _merge_adapter(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
     plan = lora.read(folder)
-    lora.merge(weights, load_file(plan.file), plan, widen=Tensor.float, narrow=lambda merged: merged.to(dtype))
+    lora.merge(weights, read_tensors(plan.file), plan, widen=Tensor.float, narrow=lambda merged: merged.to(dtype))
 
 
 def _build(config: ColQwenConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> Any:
@@ -171,20 +153,10 @@ def _build(config: ColQwenConfig, weights: dict[str, Tensor], device: torch.devi
     with torch.device("meta"):  # without memory, and without random numbers
         model: Any = Qwen2_5_VLModel(settings)
         model.embedding_proj_layer = nn.Linear(config.text.hidden_size, config.embedding_dim)
-    _check(weights, {name: tuple(each.shape) for name, each in model.state_dict().items()})
+    check_tensors(weights, model.state_dict(), config="config.json")
     placed = {name: weight.to(device, dtype) for name, weight in weights.items()}
     model.load_state_dict(placed, strict=True, assign=True)
     model.embedding_proj_layer.float()
     # Its frequencies are in no file, and were left on the meta device.
     model.language_model.rotary_emb = type(model.language_model.rotary_emb)(settings.text_config).to(device)
     return model.eval().requires_grad_(False)
-
-
-def _check(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    if lacking := sorted(expected.keys() - weights.keys()):
-        raise ModelError(f"the files lack {len(lacking)} of the model's weights, such as {lacking[0]}")
-    if unknown := sorted(weights.keys() - expected.keys()):
-        raise ModelError(f"the files have {len(unknown)} weights that the model has not, such as {unknown[0]}")
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ModelError(f"{name} is {list(weights[name].shape)}, where config.json asks for {list(shape)}")

@@ -11,15 +11,13 @@ from typing import Any, Final, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
 from mlx_embeddings_backends.files import read_object
-from mlx_embeddings_backends.torch import pickles
 from mlx_embeddings_backends.torch.open_clip_library import open_clip
 from mlx_embeddings_backends.torch.open_clip_text import OpenClipTokenizer
+from mlx_embeddings_backends.torch.tensor_files import check_tensors, read_tensors
 
 CONFIG: Final = "open_clip_config.json"
 # In open_clip's own order. The last ones are names that others too give their weights.
@@ -117,10 +115,9 @@ def load_model(folder: Path, config: Mapping[str, Any]) -> Any:
     for name in _UNUSED:
         if hasattr(model, name):
             setattr(model, name, None)
-    weights = _own_weights(model, _read_weights(folder))
-    expected = model.state_dict()
-    _check(weights, {name: each.shape for name, each in expected.items()})
-    placed = {name: weight.to(expected[name].dtype) for name, weight in weights.items()}
+    found, expected = _own_weights(model, _read_weights(folder)), model.state_dict()
+    check_tensors(found, expected, config=CONFIG)
+    placed = {name: weight.to(expected[name].dtype) for name, weight in found.items()}
     model.load_state_dict(placed, strict=True, assign=True)
     for module in model.modules():
         mask = getattr(module, "attn_mask", None)
@@ -163,12 +160,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise ModelError(f"the model's folder has no weights: no {WEIGHTS[0]}, and no {WEIGHTS[2]}")
-    if file.suffix != ".safetensors":
-        return pickles.read(file)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ModelError(f"{file.name} is not a safetensors file, or is cut short: {error}") from error
+    return read_tensors(file)
 
 
 def _own_weights(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -181,13 +173,3 @@ def _own_weights(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor
         found = open_clip.model.convert_to_custom_text_state_dict(found)
     dropped = (*_UNUSED, "text.transformer.embeddings.position_ids")  # which transformers once saved
     return {name: weight for name, weight in found.items() if not name.startswith(dropped)}
-
-
-def _check(weights: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    if lacking := sorted(expected.keys() - weights.keys()):
-        raise ModelError(f"the files lack {len(lacking)} of the model's weights, such as {lacking[0]}")
-    if unknown := sorted(weights.keys() - expected.keys()):
-        raise ModelError(f"the files have {len(unknown)} weights that the model has not, such as {unknown[0]}")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise ModelError(f"{name} is {list(weights[name].shape)}, where {CONFIG} asks for {list(shape)}")

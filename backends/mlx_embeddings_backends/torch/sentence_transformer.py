@@ -11,8 +11,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -23,10 +21,10 @@ from mlx_embeddings_backends import adapterhub
 from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Truncate
 from mlx_embeddings_backends.errors import DeviceLost, ModelError, UnsupportedModel
 from mlx_embeddings_backends.tokenization import Group, TextTokenizer, pad, prepare_texts
-from mlx_embeddings_backends.torch import pickles
 from mlx_embeddings_backends.torch.bert import BertEncoder, PackedTokens
 from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
 from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
+from mlx_embeddings_backends.torch.tensor_files import read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +148,7 @@ def _place_encoder(
     """The encoder on its device with products in `dtype`: our own forward pass where it covers the architecture."""
     keeps_only_last_layer = not getattr(transformer.config, "output_hidden_states", False)
     if BertEncoder.covers(transformer.config) and keeps_only_last_layer:
-        layers = adapterhub.read(adapters, transformer.config.to_dict(), _read_tensors)
+        layers = adapterhub.read(adapters, transformer.config.to_dict(), read_tensors)
         transformer.to(device)
         return BertEncoder(transformer.model, dtype, layers), None
     if adapters:
@@ -161,15 +159,6 @@ def _place_encoder(
     if dtype != torch.float32:
         use_mixed_products(transformer.model, dtype)
     return None, transformer.to(device)
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if file.suffix != ".safetensors":
-        return pickles.read(file)
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ModelError(f"{file.name} cannot be read: {error}") from error
 
 
 def _check_text_only(transformer: Transformer) -> None:
