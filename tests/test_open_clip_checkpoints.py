@@ -44,10 +44,14 @@ def backend(folder: Path) -> Backend:
     return load(folder)
 
 
-def test_a_text_tower_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pads_unseen", [True, False])
+def test_a_text_tower_of_transformers(pads_unseen: bool, tmp_path: Path) -> None:
     """Its config and its tokenizer come from the folder, whatever the name that open_clip downloads it by."""
     folder = bare_encoder(tmp_path / "roberta", "roberta")
     (folder / "model.safetensors").unlink()
+    if not pads_unseen:  # open_clip attends to everything but the config's padding, which is not the tokenizer's here
+        own = json.loads((folder / "config.json").read_bytes())
+        (folder / "config.json").write_text(json.dumps(own | {"pad_token_id": 3}))
     text = {"hf_model_name": str(folder), "hf_tokenizer_name": "roberta-base", "hf_model_pretrained": False}
     config = CLIP | {"text_cfg": {**text, "hf_proj_type": "mlp", "context_length": 40}}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
