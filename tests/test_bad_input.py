@@ -98,6 +98,7 @@ INPUTS: list[tuple[Any, str, str]] = [  # input, code, in the message
     (["a", {"text": ["a"]}], "invalid_type", "input[1].text must be a string, not a list"),
     ({"text": "a", "weight": 1}, "invalid_type", "weight"),
     ([{"txet": "a"}], "invalid_type", "txet"),
+    ([{}], "invalid_type", "it is an empty object"),
     ({"image": "https://example.com/cat.png"}, "unsupported_modality", "this model takes text only"),
     (["a", {"text": "a", "image": "x"}], "unsupported_modality", "input[1] has an image"),
     ([{"title": "a", "year": 2017}], "invalid_type", 'input[0] must be {"title": ..., "abstract": ...}'),

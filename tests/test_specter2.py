@@ -130,9 +130,11 @@ def test_a_paper_is_its_title_and_abstract_with_the_separator_between(specter2: 
     assert_equal(one, expected("proximity")[:1])
 
 
-@pytest.mark.parametrize("without", [{}, {"abstract": ""}, {"abstract": None}])
-def test_a_paper_without_an_abstract_ends_in_the_separator(specter2: Server, without: dict[str, Any]) -> None:
-    assert_equal(embed(specter2, {"title": "deep learning"} | without), embed(specter2, "deep learning[SEP]"))
+@pytest.mark.parametrize("lack", [None, "", "left out"])
+def test_what_a_paper_lacks_leaves_the_separator(specter2: Server, lack: str | None) -> None:
+    lacking = {} if lack == "left out" else {"title": lack, "abstract": lack}
+    assert_equal(embed(specter2, lacking | {"title": "deep learning"}), embed(specter2, "deep learning[SEP]"))
+    assert_equal(embed(specter2, lacking | {"abstract": "deep learning"}), embed(specter2, "[SEP]deep learning"))
 
 
 def test_a_whole_batch_of_papers_goes_in_one_request(specter2: Server) -> None:
@@ -158,9 +160,10 @@ def parse(value: Any, separator: str | None = "[SEP]") -> list[Content]:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"abstract": "a"}, "input[0] must be"),
-        ({"title": "", "abstract": "a"}, "input[0].title is an empty string"),
-        ({"title": None, "abstract": "a"}, "input[0].title must be a string, not null"),
+        ({"abstract": ""}, "input[0] has neither a title nor an abstract"),
+        ({"title": "", "abstract": None}, "input[0] has neither a title nor an abstract"),
+        ({"title": None}, "input[0] has neither a title nor an abstract"),
+        ({"title": 5, "abstract": "a"}, "input[0].title must be a string, not an integer"),
         ({"title": "t", "abstract": 3}, "input[0].abstract must be a string, not an integer"),
         ({"title": "t", "abstract": ["a"]}, "input[0].abstract must be a string, not a list"),
         ({"title": "t", "text": "x"}, "input[0] must be"),

@@ -96,7 +96,7 @@ def _item(value: dict[str, Any], where: str, model: _Model) -> str | ImageSource
         _check_modality(modality, where, model.modalities)
     if not value or not value.keys() <= _KINDS.keys():
         known = " or ".join(f'{{"{modality}": ...}}' for modality in model.modalities)
-        raise _invalid(f"{where} must be {known}, it has the keys {quoted(', '.join(value))}", "invalid_type")
+        raise _invalid(f"{where} must be {known}, {_keys(value)}", "invalid_type")
     if "image" not in value:
         return _text(value["text"], f"{where}.text")
     text = _text(value["text"], f"{where}.text") if "text" in value else None
@@ -104,18 +104,22 @@ def _item(value: dict[str, Any], where: str, model: _Model) -> str | ImageSource
 
 
 def _paper(value: dict[str, Any], where: str, separator: str | None) -> str:
-    """SPECTER2's form of a paper; one without an abstract ends in the separator."""
+    """SPECTER2's form of a paper: what it lacks leaves its side of the separator empty."""
     if separator is None:
         raise _invalid(f'{where} is a paper, and this model takes none: send {{"text": ...}}', "unsupported_modality")
-    if "title" not in value or not value.keys() <= _PAPER:
-        raise _invalid(
-            f'{where} must be {{"title": ..., "abstract": ...}}, it has the keys {quoted(", ".join(value))}',
-            "invalid_type",
-        )
-    title, abstract = _text(value["title"], f"{where}.title"), value.get("abstract")
-    if not isinstance(abstract, str | None):
-        raise _invalid(f"{where}.abstract must be a string, not {_kind(abstract)}", "invalid_type")
-    return f"{title}{separator}{abstract or ''}"
+    if not value.keys() <= _PAPER:
+        raise _invalid(f'{where} must be {{"title": ..., "abstract": ...}}, {_keys(value)}', "invalid_type")
+    for key, part in value.items():
+        if not isinstance(part, str | None):
+            raise _invalid(f"{where}.{key} must be a string, not {_kind(part)}", "invalid_type")
+    title, abstract = (value.get(key) or "" for key in ("title", "abstract"))
+    if not title and not abstract:
+        raise _invalid(f"{where} has neither a title nor an abstract: leave it out", "empty_input")
+    return f"{title}{separator}{abstract}"
+
+
+def _keys(value: dict[str, Any]) -> str:
+    return f"it has the keys {quoted(', '.join(value))}" if value else "it is an empty object"
 
 
 def _without_type(value: dict[str, Any]) -> dict[str, Any]:
