@@ -1,5 +1,6 @@
 """The error tree: each error carries its status, type and code; one renderer a dialect turns it into a body."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,15 @@ class ApiError(Exception):
 class InvalidRequest(ApiError):
     status = 400
     type = "invalid_request_error"
+
+
+class InvalidInput(InvalidRequest):
+    """`where` is the input's place in the request, such as `input[3].text`."""
+
+    def __init__(
+        self, where: str, message: str, *, code: str, details: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        super().__init__(f"{where} {message}", param=re.split(r"[.\[]", where)[0], code=code, details=details)
 
 
 class AuthenticationFailed(ApiError):

@@ -1,27 +1,15 @@
 """embed(): inputs and what the caller wants of them to vectors, in the order of the inputs."""
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_embeddings_backends.base import EncodedImage, Item, ModelInfo, PatchGrid, Role, Truncate
-from mlx_embeddings_backends.errors import (
-    EmptyInput,
-    InputError,
-    InputTooLong,
-    InvalidImage,
-    InvalidTokenId,
-    MissingEndToken,
-    ReservedTokenId,
-)
-from mlx_embeddings_server.engine.queue import QueueFull
-from mlx_embeddings_server.engine.worker import InferenceFailed, NonFiniteVector, WorkerLost
-from mlx_embeddings_server.errors import InternalError, InvalidRequest, Overloaded, Unavailable, quoted
+from mlx_embeddings_server.errors import InvalidRequest, quoted
+from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.images import ImageLoader
 from mlx_embeddings_server.inputs.parse import Content, ImageSource
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder
@@ -35,7 +23,6 @@ from mlx_embeddings_server.settings import DimensionsPolicy
 _ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 # The adapter that takes a role's inputs where there is one of that name (SPECTER2's); else the default does.
 _ROLE_ADAPTERS: dict[Role, str] = {"query": "adhoc_query"}
-_LONGEST_RETRY_AFTER = 60  # seconds
 _MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
 
 
@@ -96,20 +83,22 @@ class EmbeddingService:
         self._token_decoder = token_decoder
         self._image_loader = image_loader
 
-    async def embed(self, model: ServedModel, contents: Sequence[Content], options: EmbedOptions) -> Embeddings:
-        """Duplicates are computed once."""
+    async def embed(
+        self, model: ServedModel, contents: Sequence[Content], options: EmbedOptions, *, field: str = "input"
+    ) -> Embeddings:
+        """Duplicates are computed once. `field` is what the request calls the contents, for messages."""
         info = model.info
         self._check_dimensions(info, options.dimensions)
-        _check_pooling(info, options, contents)
+        _check_pooling(info, options, contents, field)
         prompt, adapter = _prompt(info, options), _adapter(info, options)
-        _check_prompt_has_text(contents, prompt, options)
-        contents = await self._decode_token_ids(contents)
-        loaded = await self._load_images(contents)
+        _check_prompt_has_text(contents, prompt, options, field)
+        contents = await self._decode_token_ids(contents, field)
+        loaded = await self._load_images(contents, field)
         places: dict[str | tuple[int, ...] | EncodedImage, int] = {}
         place_of = [places.setdefault(content, len(places)) for content in loaded]
         # Token ids and images carry no prompt: the model's default one is for texts.
         items = [Item(each, prompt if isinstance(each, str) else "", options.role, adapter) for each in places]
-        with _api_errors(place_of):
+        with as_api_errors(field, place_of):
             vectors = await model.provider.embed(items, options.truncate or self._truncate)
         accounts = [vectors.accounts[place] for place in place_of]
         prompt_tokens = sum(account.tokens for account in accounts)
@@ -130,23 +119,23 @@ class EmbeddingService:
             inference_seconds=vectors.inference_seconds,
         )
 
-    async def _decode_token_ids(self, contents: Sequence[Content]) -> Sequence[Content]:
+    async def _decode_token_ids(self, contents: Sequence[Content], field: str) -> Sequence[Content]:
         decoder = self._token_decoder
         if decoder is None or not any(isinstance(content, tuple) for content in contents):
             return contents
 
         def decode() -> list[Content]:
             return [
-                decoder.decode(content, f"input[{index}]") if isinstance(content, tuple) else content
+                decoder.decode(content, f"{field}[{index}]") if isinstance(content, tuple) else content
                 for index, content in enumerate(contents)
             ]
 
         return await asyncio.to_thread(decode)
 
-    async def _load_images(self, contents: Sequence[Content]) -> list[str | tuple[int, ...] | EncodedImage]:
+    async def _load_images(self, contents: Sequence[Content], field: str) -> list[str | tuple[int, ...] | EncodedImage]:
         """The images' files in the place of what they were named by: all of them, or an error."""
         sources = [
-            (content.source, f"input[{index}]")
+            (content.source, f"{field}[{index}]")
             for index, content in enumerate(contents)
             if isinstance(content, ImageSource)
         ]
@@ -188,7 +177,7 @@ async def _pooled(vectors: Vectors, options: EmbedOptions) -> tuple[list[NDArray
     return vectors.rows, patches
 
 
-def _check_pooling(info: ModelInfo, options: EmbedOptions, contents: Sequence[Content]) -> None:
+def _check_pooling(info: ModelInfo, options: EmbedOptions, contents: Sequence[Content], field: str) -> None:
     """`pool`, `token_pool_factor` and `include` where they mean something."""
     asked = [name for name in ("token_pool_factor", "pool") if getattr(options, name) is not None]
     if info.output != "multi_vector" and (asked or options.with_patches):
@@ -203,7 +192,7 @@ def _check_pooling(info: ModelInfo, options: EmbedOptions, contents: Sequence[Co
     if options.pool is not None:
         for index, content in enumerate(contents):
             if not isinstance(content, ImageSource):
-                raise _invalid(f"pool is over an image's patches, and input[{index}] is no image", "pool")
+                raise _invalid(f"pool is over an image's patches, and {field}[{index}] is no image", "pool")
 
 
 def _prompt(info: ModelInfo, options: EmbedOptions) -> str:
@@ -237,12 +226,12 @@ def _adapter(info: ModelInfo, options: EmbedOptions) -> str | None:
     return wanted if wanted in info.adapters else None
 
 
-def _check_prompt_has_text(contents: Sequence[Content], prompt: str, options: EmbedOptions) -> None:
+def _check_prompt_has_text(contents: Sequence[Content], prompt: str, options: EmbedOptions, field: str) -> None:
     """A prompt that was asked for must not get lost."""
     asked = options.input_type or options.prompt or options.prompt_name
     if prompt and asked and any(isinstance(content, tuple) for content in contents):
         raise _invalid(
-            "a prompt cannot be put before token ids: send texts, or put the prompt's tokens into the ids", "input"
+            "a prompt cannot be put before token ids: send texts, or put the prompt's tokens into the ids", field
         )
     if options.prompt and any(isinstance(content, ImageSource) for content in contents):
         raise _invalid(
@@ -252,85 +241,3 @@ def _check_prompt_has_text(contents: Sequence[Content], prompt: str, options: Em
 
 def _invalid(message: str, param: str) -> InvalidRequest:
     return InvalidRequest(message, param=param, code="invalid_value")
-
-
-@contextmanager
-def _api_errors(place_of: Sequence[int]) -> Iterator[None]:
-    """What a caller is told of what went wrong below. `place_of` has, for each input, the place of its item."""
-    try:
-        yield
-    except InputError as error:
-        indexes: defaultdict[int, list[int]] = defaultdict(list)
-        for index, place in enumerate(place_of):
-            indexes[place].append(index)
-        raise _invalid_input(error, indexes) from error
-    except QueueFull as error:
-        retry_after = min(max(1, round(error.retry_after)), _LONGEST_RETRY_AFTER)
-        message = f"the server is full: {error}; try again in {retry_after} s"
-        raise Overloaded(message, retry_after=retry_after) from error
-    except NonFiniteVector as error:
-        message = "the model gave a vector with NaN or infinity, which is not returned"
-        raise InternalError(message, code="non_finite_vector") from error
-    except InferenceFailed as error:
-        message = "the model failed on an input; the server's log says why"
-        raise InternalError(message, code="inference_failed") from error
-    except WorkerLost as error:
-        raise Unavailable(f"{error}: try again later", code="backend_lost") from error
-
-
-def _invalid_input(error: InputError, indexes: Mapping[int, Sequence[int]]) -> InvalidRequest:
-    """`indexes` has, for an item's place, the inputs that it came from."""
-    match error:
-        case InputTooLong():
-            details = sorted(
-                (
-                    {"index": index, "tokens": tokens, "max_tokens": error.max_tokens}
-                    for place, tokens in error.lengths
-                    for index in indexes[place]
-                ),
-                key=lambda detail: detail["index"],
-            )
-            others = f" (and {len(details) - 1} more inputs are too long)" if len(details) > 1 else ""
-            remedy = (
-                "the prompt leaves no room for a text: send a shorter one"
-                if error.prompt_fills
-                else 'send shorter inputs, or "truncate": "end" to have them cut'
-            )
-            return InvalidRequest(
-                f"input[{details[0]['index']}] has {details[0]['tokens']} tokens, the model takes {error.max_tokens}"
-                f"{others}: {remedy}",
-                param="input",
-                code="input_too_long",
-                details=details,
-            )
-        case ReservedTokenId():
-            return InvalidRequest(
-                f"input[{indexes[error.index][0]}] has the token id {error.token_id}, which stands for a part of an "
-                'image: send the image itself, as {"image": ...}',
-                param="input",
-                code="invalid_token_id",
-            )
-        case InvalidTokenId():
-            return InvalidRequest(
-                f"input[{indexes[error.index][0]}] has the token id {error.token_id}, and the model's own vocabulary "
-                f"has {error.vocabulary_size}: if a client sends another encoding's ids (LangChain sends cl100k_base), "
-                "start the server with --token-encoding, or have the client send texts",
-                param="input",
-                code="invalid_token_id",
-            )
-        case MissingEndToken():
-            return InvalidRequest(
-                f"input[{indexes[error.index][0]}] lacks the token id {error.token_id}, which ends a text: the model "
-                "takes that token's vector for the whole text's",
-                param="input",
-                code="invalid_token_id",
-            )
-        case EmptyInput():
-            where = f"input[{indexes[error.index][0]}]"
-            return InvalidRequest(f"{where} gives no tokens: leave it out", param="input", code="empty_input")
-        case InvalidImage():
-            where = f"input[{indexes[error.index][0]}]"
-            return InvalidRequest(
-                f"{where} is no image that can be taken: {error}", param="input", code="invalid_image"
-            )
-    raise error

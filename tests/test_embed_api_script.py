@@ -81,7 +81,7 @@ def test_images_stand_beside_texts(clip: Server) -> None:
 
 
 def test_what_the_server_refuses_is_told(server: Server, clip: Server) -> None:
-    assert "400: input[0].text is an empty string" in refusal("--url", server.url, "")
+    assert "400: texts[0] is an empty string" in refusal("--url", server.url, "")
     assert "401: the API key is missing or wrong" in refusal("--url", clip.url, "--key", "wrong", "a lake")
     assert "takes text only" in refusal("--url", server.url, "--images", "images/floor_plan.png")
     assert "404" in refusal("--url", f"{server.url}/elsewhere", "a lake")

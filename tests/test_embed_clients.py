@@ -82,7 +82,7 @@ def test_hugging_faces_client_sends_its_parameters(server: Server) -> None:
         raw = client.feature_extraction(TEXTS[0], normalize=False)
         left = client.feature_extraction(LONG, truncate=True, truncation_direction="left")
         short = client.feature_extraction(TEXTS[0], dimensions=64)
-        with pytest.raises(BadRequestError, match=r"input\[0\] has \d+ tokens, the model takes 256"):
+        with pytest.raises(BadRequestError, match=r"inputs\[0\] has \d+ tokens, the model takes 256"):
             client.feature_extraction(LONG, truncate=False)
     assert_allclose(raw / np.linalg.norm(raw), openai_rows(server, TEXTS[:1]), atol=1e-6)
     assert abs(np.linalg.norm(raw) - 1) > 0.1

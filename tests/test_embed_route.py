@@ -146,7 +146,7 @@ def test_texts_are_texts_whatever_they_look_like(keyed: Server) -> None:
     assert_array_equal(
         rows_of(post(keyed, texts=texts)), openai_rows(keyed, [{"text": each} for each in texts], "clip")
     )
-    assert "input[0]" in refusal(post(keyed, inputs=texts[1:]))  # TEI's field is as /v1's: here it is a broken image
+    assert "inputs[0]" in refusal(post(keyed, inputs=texts[1:]))  # TEI's field is as /v1's: here it is a broken image
 
 
 def test_token_ids_are_inputs_too(server: Server) -> None:
@@ -178,7 +178,7 @@ def test_images_come_as_data_uris_too(keyed: Server) -> None:
 
 
 def test_an_image_that_is_none_is_named(keyed: Server) -> None:
-    assert "input[1]" in refusal(post(keyed, images=[IMAGES[0], "no image"]))
+    assert "images[1] is no image" in refusal(post(keyed, images=[IMAGES[0], "no image"]))
     assert "--allow-private-image-urls" in refusal(post(keyed, images=["http://127.0.0.1/secret.png"]))
 
 
@@ -230,7 +230,7 @@ def test_the_left_is_cut_where_that_is_asked_for(server: Server, direction: str)
 
 def test_what_is_too_long_is_refused_where_truncate_is_false(server: Server) -> None:
     message = refusal(post(server, inputs=["short", LONG], truncate=False))
-    assert "input[1]" in message and "256" in message
+    assert "inputs[1]" in message and "256" in message
     # It advises what this route takes too.
     assert '"truncate": "end"' in message
     assert refusal(post(server, texts=[LONG], truncate="none", truncation_direction="left"))
@@ -272,15 +272,15 @@ def test_get_stays_what_it_was(keyed: Server) -> None:
         ({"images": []}, "an empty list"),
         ({"inputs": []}, "an empty list"),
         ({"inputs": ""}, "an empty string"),
-        ({"texts": ["a", ""]}, "input[1]"),
-        ({"inputs": ["a", ""]}, "input[1] is an empty string"),
+        ({"texts": ["a", ""]}, "texts[1] is an empty string"),
+        ({"inputs": ["a", ""]}, "inputs[1] is an empty string"),
         ({"texts": "a"}, "texts must be a list of strings"),
         ({"texts": ["a", 5]}, "texts must be a list of strings"),
         ({"texts": {"text": "a"}}, "texts must be a list of strings"),
         ({"images": "a"}, "images must be a list of strings"),
         ({"images": [{"image": "a"}]}, "images must be a list of strings"),
         ({"inputs": 5.5}, "must be a string"),
-        ({"inputs": ["a", None]}, "input[1] must be a string"),
+        ({"inputs": ["a", None]}, "inputs[1] must be a string"),
         ({"texts": ["a"], "inputs": ["a"]}, "texts and inputs exclude each other"),
         ({"texts": ["a"], "images": ["a"]}, "texts and images exclude each other"),
         ({"texts": ["a"], "normalize": "yes"}, "normalize"),

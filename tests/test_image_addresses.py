@@ -73,7 +73,7 @@ def test_what_is_refused_reads_the_same_whether_it_exists_or_not() -> None:
             site_url = site.url.replace("127.0.0.1", "inside.test")
             for url in (site_url, "http://inside.test:1/", "http://metadata.test/", "http://nowhere.test/"):
                 error = await refusal(images, url)
-                assert error.message == f"input[0]: {url!r} cannot be fetched: {ADVICE}"
+                assert error.message == f"input[0] from {url!r} cannot be fetched: {ADVICE}"
             assert site.left == []
 
     asyncio.run(run())
@@ -124,7 +124,7 @@ def test_every_redirect_is_checked_anew(target: str) -> None:
             internet = Detour(site)
             async with loader(allow_private=False, resolve=names, transport=internet) as images:
                 error = await refusal(images, "http://images.test/")
-                assert error.message == f"input[0]: 'http://images.test/' cannot be fetched: {ADVICE}"
+                assert error.message == f"input[0] from 'http://images.test/' cannot be fetched: {ADVICE}"
                 assert (site.paths, internet.addresses) == (["/"], [PUBLIC])
 
     asyncio.run(run())
@@ -146,7 +146,7 @@ def test_redirects_that_are_not_followed(target: str, message: str) -> None:
     async def run() -> None:
         async with Site({"/": redirect(target)}) as site, loader() as images:
             error = await refusal(images, f"{site.url}/")
-            assert error.message == f"input[0]: '{site.url}/' cannot be fetched: {message}"
+            assert error.message == f"input[0] from '{site.url}/' cannot be fetched: {message}"
             assert error.code == "image_fetch_failed"
             assert len(site.visits) == (4 if target == "/" else 1)
 

@@ -107,7 +107,7 @@ def test_answers_that_are_no_image(page: Any, code: str, message: str) -> None:
         async with Site({"/secret": page}) as site, loader() as images:
             error = await refusal(images, f"{site.url}/secret")
             assert error.code == code and message in error.message
-            assert error.message.startswith(f"input[0]: '{site.url}/secret' ")
+            assert error.message.startswith(f"input[0] from '{site.url}/secret' ")
 
     asyncio.run(run())
 
@@ -175,7 +175,7 @@ def test_one_bad_url_of_three_ends_the_others() -> None:
         async with Site({"/slow": slow, "/bad": reply(b"", "404 Not Found")}) as site, loader() as images:
             started = time.perf_counter()
             error = await refusal(images, f"{site.url}/slow", f"{site.url}/bad", f"{site.url}/slow?2")
-            assert error.message.startswith("input[1]: ") and "404" in error.message
+            assert error.message.startswith("input[1] ") and "404" in error.message
             await asyncio.sleep(0.1)
             assert "/slow" in site.left and time.perf_counter() - started < 2
 
@@ -239,7 +239,7 @@ def test_the_url_in_a_message_is_short_and_has_no_password() -> None:
     async def run() -> None:
         async with loader() as images:
             error = await refusal(images, f"http://user:secret@images.test/{'x' * 5000}")
-            assert error.message.startswith("input[0]: 'http://images.test/xxx")
+            assert error.message.startswith("input[0] from 'http://images.test/xxx")
             assert "secret" not in error.message and len(error.message) < 250
             assert "not a valid URL" in (await refusal(images, f"http://images.test/{'x' * 70_000}")).message
 

@@ -11,7 +11,7 @@ import httpx
 
 from mlx_embeddings_backends.errors import InvalidImage
 from mlx_embeddings_backends.images import file_format
-from mlx_embeddings_server.errors import InvalidRequest, quoted
+from mlx_embeddings_server.errors import InvalidInput, quoted
 from mlx_embeddings_server.inputs.fetch import ByteBudget, FetchFailed, ImageFetcher, Resolve
 
 _FETCHES_OF_A_REQUEST: Final = 8  # at once
@@ -26,7 +26,7 @@ _WHITE_SPACE: Final = b" \t\r\n"
 
 
 class ImageLoader:
-    """What the sources of images lead to. One for a server; to be closed. All its errors are `InvalidRequest`s.
+    """What the sources of images lead to. One for a server; to be closed. All its errors are `InvalidInput`s.
 
     `max_total_bytes` is what one request may fetch. `resolve` and `transport` are `ImageFetcher`'s.
     """
@@ -75,17 +75,14 @@ class ImageLoader:
     async def _load(self, source: str, where: str, budget: ByteBudget) -> bytes:
         source = source.strip()
         is_url = _URL.match(source) is not None
-        named = f"{where}: {quoted(_USER_INFO.sub('', source[:_LONGEST_URL], count=1))}" if is_url else where
+        origin = f"from {quoted(_USER_INFO.sub('', source[:_LONGEST_URL], count=1))} " if is_url else ""
         try:
             return await (self._fetcher.fetch(source, budget) if is_url else asyncio.to_thread(_decoded, source))
         except FetchFailed as error:
-            raise InvalidRequest(
-                f"{named} cannot be fetched: {error}", param="input", code="image_fetch_failed"
-            ) from error
+            raise InvalidInput(where, f"{origin}cannot be fetched: {error}", code="image_fetch_failed") from error
         except InvalidImage as error:
-            raise InvalidRequest(
-                f"{named} is no image that can be taken: {error}", param="input", code="invalid_image"
-            ) from error
+            message = f"{origin}is no image that can be taken: {error}"
+            raise InvalidInput(where, message, code="invalid_image") from error
 
 
 def _decoded(source: str) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mlx_embeddings_server.errors import InvalidRequest, quoted
+from mlx_embeddings_server.errors import InvalidInput, quoted
 
 # A string that is nothing but an http(s) URL, or a data URI of an image. Nothing is tried twice: texts may be large.
 _IMAGE: Final = re.compile(r"\s*+(?:https?://\S++\s*+\Z|data:image/)", re.IGNORECASE)
@@ -31,9 +31,9 @@ Content = str | tuple[int, ...] | ImageSource
 
 
 def parse_input(
-    value: Any, *, modalities: Sequence[str], separator: str | None = None, max_inputs: int
+    value: Any, *, modalities: Sequence[str], separator: str | None = None, max_inputs: int, field: str = "input"
 ) -> list[Content]:
-    """A string, token ids, an item, or a list of 1 to `max_inputs` of these. Raises `InvalidRequest`.
+    """A string, token ids, an item, or a list of 1 to `max_inputs` of these. Raises `InvalidInput`.
 
     Where the model takes images, a string that is an http(s) URL or a `data:image/` URI is one, with or without white
     space around it; a URL among other words is text. A chat's parts of the types `text` and `image_url` are items too.
@@ -41,20 +41,20 @@ def parse_input(
     """
     model = _Model(modalities, separator)
     if isinstance(value, str | dict):
-        return [_parse_one(value, "input", model)]
+        return [_parse_one(value, field, model)]
     if not isinstance(value, list):
-        raise _invalid(
-            f"input must be a string, token ids, an item or a list of them, not {_kind(value)}", "invalid_type"
+        raise InvalidInput(
+            field, f"must be a string, token ids, an item or a list of them, not {_kind(value)}", code="invalid_type"
         )
     if not value:
-        raise _invalid("input is an empty list: send at least one text", "empty_input")
+        raise InvalidInput(field, "is an empty list: send at least one text", code="empty_input")
     if _is_integer(value[0]):
-        return [_parse_one(value, "input", model)]
+        return [_parse_one(value, field, model)]
     if len(value) > max_inputs:
-        raise _invalid(
-            f"input has {len(value)} items, the limit is {max_inputs}: send several requests", "too_many_inputs"
+        raise InvalidInput(
+            field, f"has {len(value)} items, the limit is {max_inputs}: send several requests", code="too_many_inputs"
         )
-    return [_parse_one(each, f"input[{index}]", model) for index, each in enumerate(value)]
+    return [_parse_one(each, f"{field}[{index}]", model) for index, each in enumerate(value)]
 
 
 def _parse_one(value: Any, where: str, model: _Model) -> Content:
@@ -68,23 +68,27 @@ def _parse_one(value: Any, where: str, model: _Model) -> Content:
         return _token_ids(value, where)
     if isinstance(value, dict):
         return _item(value, where, model)
-    raise _invalid(f"{where} must be a string, a list of token ids or an item, not {_kind(value)}", "invalid_type")
+    raise InvalidInput(
+        where, f"must be a string, a list of token ids or an item, not {_kind(value)}", code="invalid_type"
+    )
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise _invalid(f"{where} must be a string, not {_kind(value)}", "invalid_type")
+        raise InvalidInput(where, f"must be a string, not {_kind(value)}", code="invalid_type")
     if not value:
-        raise _invalid(f"{where} is an empty string: leave it out, or send a text", "empty_input")
+        raise InvalidInput(where, "is an empty string: leave it out, or send a text", code="empty_input")
     return value
 
 
 def _token_ids(value: list[Any], where: str) -> tuple[int, ...]:
     if not value:
-        raise _invalid(f"{where} is an empty list of token ids", "empty_input")
+        raise InvalidInput(where, "is an empty list of token ids", code="empty_input")
     if set(map(type, value)) != {int}:  # a request may hold millions
         place, token_id = next((place, each) for place, each in enumerate(value) if not _is_integer(each))
-        raise _invalid(f"{where}[{place}] must be a token id (an integer), not {_kind(token_id)}", "invalid_type")
+        raise InvalidInput(
+            f"{where}[{place}]", f"must be a token id (an integer), not {_kind(token_id)}", code="invalid_type"
+        )
     return tuple(value)
 
 
@@ -96,7 +100,7 @@ def _item(value: dict[str, Any], where: str, model: _Model) -> str | ImageSource
         _check_modality(modality, where, model.modalities)
     if not value or not value.keys() <= _KINDS.keys():
         known = " or ".join(f'{{"{modality}": ...}}' for modality in model.modalities)
-        raise _invalid(f"{where} must be {known}, {_keys(value)}", "invalid_type")
+        raise InvalidInput(where, f"must be {known}, {_keys(value)}", code="invalid_type")
     if "image" not in value:
         return _text(value["text"], f"{where}.text")
     text = _text(value["text"], f"{where}.text") if "text" in value else None
@@ -106,15 +110,17 @@ def _item(value: dict[str, Any], where: str, model: _Model) -> str | ImageSource
 def _paper(value: dict[str, Any], where: str, separator: str | None) -> str:
     """SPECTER2's form of a paper: what it lacks leaves its side of the separator empty."""
     if separator is None:
-        raise _invalid(f'{where} is a paper, and this model takes none: send {{"text": ...}}', "unsupported_modality")
+        raise InvalidInput(
+            where, 'is a paper, and this model takes none: send {"text": ...}', code="unsupported_modality"
+        )
     if not value.keys() <= _PAPER:
-        raise _invalid(f'{where} must be {{"title": ..., "abstract": ...}}, {_keys(value)}', "invalid_type")
+        raise InvalidInput(where, f'must be {{"title": ..., "abstract": ...}}, {_keys(value)}', code="invalid_type")
     for key, part in value.items():
         if not isinstance(part, str | None):
-            raise _invalid(f"{where}.{key} must be a string, not {_kind(part)}", "invalid_type")
+            raise InvalidInput(f"{where}.{key}", f"must be a string, not {_kind(part)}", code="invalid_type")
     title, abstract = (value.get(key) or "" for key in ("title", "abstract"))
     if not title and not abstract:
-        raise _invalid(f"{where} has neither a title nor an abstract: leave it out", "empty_input")
+        raise InvalidInput(where, "has neither a title nor an abstract: leave it out", code="empty_input")
     return f"{title}{separator}{abstract}"
 
 
@@ -135,7 +141,9 @@ def _without_type(value: dict[str, Any]) -> dict[str, Any]:
 def _check_modality(modality: str, where: str, modalities: Sequence[str]) -> None:
     if modality not in modalities:
         taken = " and ".join("images" if each == "image" else each for each in modalities)
-        raise _invalid(f"{where} has {_KINDS[modality]}, and this model takes {taken} only", "unsupported_modality")
+        raise InvalidInput(
+            where, f"has {_KINDS[modality]}, and this model takes {taken} only", code="unsupported_modality"
+        )
 
 
 def _is_integer(value: Any) -> bool:
@@ -152,7 +160,3 @@ def _kind(value: Any) -> str:
         int: "an integer",
     }
     return names.get(type(value), "null")
-
-
-def _invalid(message: str, code: str) -> InvalidRequest:
-    return InvalidRequest(message, param="input", code=code)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import tiktoken
 
-from mlx_embeddings_server.errors import InvalidRequest, Unavailable
+from mlx_embeddings_server.errors import InvalidInput, Unavailable
 
 
 class TokenDecoder:
@@ -22,13 +22,13 @@ class TokenDecoder:
         try:
             text = encoding.decode(list(ids), errors="replace")
         except (KeyError, OverflowError) as error:
-            raise InvalidRequest(
-                f"{where} has an id that {self.encoding_name} does not know ({error}): see --token-encoding",
-                param="input",
+            raise InvalidInput(
+                where,
+                f"has an id that {self.encoding_name} does not know ({error}): see --token-encoding",
                 code="invalid_token_id",
             ) from error
         if not text:
-            raise InvalidRequest(f"{where} decodes to an empty text", param="input", code="empty_input")
+            raise InvalidInput(where, "decodes to an empty text", code="empty_input")
         return text
 
     def _load(self) -> tiktoken.Encoding:

@@ -36,7 +36,7 @@ async def embed(request: Request) -> Response:
     model = runtime.models.get(body.model) if body.model is not None else next(iter(runtime.models))
     field = _field(body)
     contents = _contents(field, getattr(body, field), model.info, runtime.settings.max_request_inputs)
-    work = runtime.service.embed(model, contents, _options(body))
+    work = runtime.service.embed(model, contents, _options(body), field=field)
     result = await disconnects_of(request).until_gone(request, work)
     before, after = (b"[", b"]") if field == "inputs" else (b'{"embeddings":[', b"]}")
     content = await joined(vector_list(encode_inputs(result.rows, result.lengths, "float"), before, after))
@@ -57,12 +57,10 @@ def _contents(field: str, value: Any, info: ModelInfo, max_inputs: int) -> list[
     """Raises `InvalidRequest`."""
     if field != "inputs" and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
         raise InvalidRequest(f"{field} must be a list of strings", param=field, code="invalid_type")
-    wanted: Any = value
-    if field == "texts":  # nothing but texts, whatever they look like
-        wanted = [{"text": each} for each in value]
-    elif field == "images":
-        wanted = [{"image": each} for each in value]
-    return parse_input(wanted, modalities=info.modalities, separator=info.separator, max_inputs=max_inputs)
+    if field == "images":
+        value = [{"image": each} for each in value]
+    modalities = ("text",) if field == "texts" else info.modalities  # texts, whatever they look like
+    return parse_input(value, modalities=modalities, separator=info.separator, max_inputs=max_inputs, field=field)
 
 
 def _options(body: EmbedRequest) -> EmbedOptions:
