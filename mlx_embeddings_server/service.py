@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,18 +164,19 @@ class EmbeddingService:
 async def _pooled(vectors: Vectors, options: EmbedOptions) -> tuple[list[NDArray[np.float32]], list[PatchGrid | None]]:
     """Each item's vectors after `pool` or `token_pool_factor`, and its patch grid."""
     patches = [account.patches for account in vectors.accounts]
+    each = cast(list[NDArray[np.float32]], vectors.rows)
     if (pool := options.pool) is not None:
         pooled = [
             pool_patches(normalized(rows), grid, pool)
-            for rows, grid in zip(vectors.rows, patches, strict=True)
+            for rows, grid in zip(each, patches, strict=True)
             if grid is not None
         ]
         return [rows for rows, _ in pooled], [grid for _, grid in pooled]
     if (factor := options.token_pool_factor) is not None and factor > 1:
         # A page takes some 50 ms of a processor.
-        rows = await asyncio.to_thread(lambda: [pool_tokens(normalized(rows), factor) for rows in vectors.rows])
+        rows = await asyncio.to_thread(lambda: [pool_tokens(normalized(rows), factor) for rows in each])
         return rows, [None] * len(rows)
-    return vectors.rows, patches
+    return each, patches
 
 
 def _check_pooling(info: ModelInfo, options: EmbedOptions, contents: Sequence[Content], field: str) -> None:

@@ -34,8 +34,8 @@ def test_rows_come_in_the_order_of_the_items_under_many_requests() -> None:
     with loaded(batch_tokens=256) as engine:
         backend = observed(engine)
         for texts, result in zip(requests, run(work(engine)), strict=True):
-            assert {row.dtype for row in result.vectors} == {np.dtype(np.float32)}
-            assert_array_equal(result.vectors, expected(*texts))
+            assert {np.asarray(row).dtype for row in result.rows} == {np.dtype(np.float32)}
+            assert_array_equal(result.rows, expected(*texts))
         assert sorted(sum(backend.batches, [])) == sorted(sum(requests, []))  # each item once
         assert backend.most_at_once == 1
         assert all(len(batch) * max(len(text.split()) for text in batch) <= 256 for batch in backend.batches)
@@ -94,10 +94,10 @@ def test_a_request_is_admitted_whole_or_not_at_all() -> None:
         more = asyncio.ensure_future(embed(engine, "i", "j"))
         await until(lambda: engine.queue.tokens == 10)
         observed(engine).gate.set()
-        assert_array_equal((await fits).vectors, expected("a b c d", "e f g h"))
-        assert_array_equal((await more).vectors, expected("i", "j"))
-        assert len((await held).vectors) == 1
-        assert len((await embed(engine, *["larger than the bound"] * 9)).vectors) == 9
+        assert_array_equal((await fits).rows, expected("a b c d", "e f g h"))
+        assert_array_equal((await more).rows, expected("i", "j"))
+        assert len((await held).rows) == 1
+        assert len((await embed(engine, *["larger than the bound"] * 9)).rows) == 9
 
     with loaded(queue_tokens=10, batch_tokens=100) as engine:
         run(work(engine))
@@ -114,7 +114,7 @@ def test_the_bound_holds_under_many_requests() -> None:
             return False
         finally:
             most = max(most, engine.queue.tokens)
-        assert_array_equal(result.vectors, expected(text))
+        assert_array_equal(result.rows, expected(text))
         return True
 
     async def work(engine: Engine) -> list[bool]:
@@ -159,7 +159,7 @@ def test_cancelling_what_runs_harms_no_other() -> None:
         stays = asyncio.ensure_future(embed(engine, "stays"))
         await asyncio.sleep(0)
         observed(engine).gate.set()
-        assert_array_equal((await stays).vectors, expected("stays"))
+        assert_array_equal((await stays).rows, expected("stays"))
 
     with loaded() as engine:
         run(work(engine))
@@ -183,7 +183,7 @@ def test_the_bad_item_alone_fails(bad: str, error: type[Exception], place: int) 
         assert isinstance(results[1], error) and isinstance(results.pop(place + 2), error)
         for text, result in zip([each for each in texts if each != bad], results[2:], strict=True):
             assert isinstance(result, Outcome)
-            assert_array_equal(result.vectors, expected(text))
+            assert_array_equal(result.rows, expected(text))
         assert not engine.queue.waiting and engine.state == "ready" and engine.restarts == 0
 
     with loaded(batch_tokens=100) as engine:
@@ -207,7 +207,7 @@ def test_what_was_done_before_the_worker_died_is_not_lost() -> None:
         assert isinstance(failed, InferenceFailed) and isinstance(lost, WorkerLost)
         for texts, result in ((("good",), good), (("first", "second"), both), (("last",), last)):
             assert isinstance(result, Outcome), result
-            assert_array_equal(result.vectors, expected(*texts))
+            assert_array_equal(result.rows, expected(*texts))
         await until(lambda: engine.state == "ready")
         assert engine.restarts == 2
 

@@ -22,7 +22,7 @@ def test_vectors_are_in_the_order_of_the_items_whichever_was_ready_first() -> No
         with engine.request(3) as request:
             request.admit(prepared("c"), [2])
             request.admit(prepared("b", "a"), [1, 0])
-            assert_array_equal((await request.result()).vectors, expected("a", "b", "c"))
+            assert_array_equal((await request.result()).rows, expected("a", "b", "c"))
 
     with loaded() as engine:
         run(work(engine))
@@ -35,7 +35,7 @@ def test_the_first_items_run_before_the_last_are_ready() -> None:
             request.admit(prepared("early"), [0])
             await until(lambda: ["early"] in backend.batches)
             request.admit(prepared("late"), [1])
-            assert_array_equal((await request.result()).vectors, expected("early", "late"))
+            assert_array_equal((await request.result()).rows, expected("early", "late"))
 
     with loaded() as engine:
         run(work(engine))
@@ -55,7 +55,7 @@ def test_a_full_queue_refuses_what_begins_and_not_what_has_begun() -> None:
             assert not rest.done() and engine.queue.tokens == 5
             observed(engine).gate.set()
             await asyncio.gather(held, others, rest)
-            assert_array_equal((await request.result()).vectors, expected("one two three", "six seven"))
+            assert_array_equal((await request.result()).rows, expected("one two three", "six seven"))
 
     with loaded(queue_tokens=5) as engine:
         run(work(engine))

@@ -114,7 +114,7 @@ def test_items_of_two_adapters_never_share_a_batch(backend: Backend) -> None:
     assert [each.group for each in prepared] == [Group(each) for each in wanted]
     for adapter in ADAPTERS:
         places = [place for place, each in enumerate(wanted) if each == adapter]
-        rows = backend.run(backend.collate([prepared[place] for place in places]))
+        rows = np.asarray(backend.run(backend.collate([prepared[place] for place in places])))
         np.testing.assert_allclose(rows, expected(f"specter2_{adapter}")[places], atol=TOLERANCE, rtol=0)
 
 

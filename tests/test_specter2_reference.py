@@ -70,7 +70,7 @@ def embed(backend: Backend, items: Sequence[Item]) -> Rows:
     prepared = backend.prepare(items, truncate="end")
     for group in {item.group for item in prepared}:
         places = [place for place, item in enumerate(prepared) if item.group == group]
-        rows[places] = backend.run(backend.collate([prepared[place] for place in places]))
+        rows[places] = np.asarray(backend.run(backend.collate([prepared[place] for place in places])))
     return rows
 
 

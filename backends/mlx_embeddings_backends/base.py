@@ -14,9 +14,25 @@ Truncate = Literal["none", "end", "start"]
 DType = Literal["float32", "bfloat16", "float16"]
 Role = Literal["query", "document"]
 
-# An array of each item. Dense: [dimensions], best left together as one array [batch, dimensions]; multi_vector:
-# [vectors, dimensions], with as many vectors as the item has tokens.
-Rows = NDArray[np.float32] | Sequence[NDArray[np.float32]]
+# What `type` calls a model in the YAML file.
+Kind = Literal["embeddings", "sparse-embeddings", "rerank"]
+
+
+@dataclass(frozen=True, slots=True)
+class SparseVector:
+    """The places of a vector that are not zero, of as many as the model's vocabulary has tokens."""
+
+    indices: NDArray[np.int32]  # [non-zeros], ascending
+    values: NDArray[np.float32]  # [non-zeros]
+
+
+# Dense: [dimensions]. multi_vector: [vectors, dimensions], with as many vectors as the item has tokens. rerank: [1], a
+# score before `ModelInfo.score_activation`.
+Vector = NDArray[np.float32] | SparseVector
+# Of one item; by name where the item asks for several.
+Row = Vector | Mapping[Output, Vector]
+# Of a batch. Arrays of one shape are best left together, [batch, dimensions].
+Rows = NDArray[np.float32] | Sequence[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +44,7 @@ class LoadOptions:
     max_image_tokens: int | None = None  # fewer than the checkpoint's own limit: less detail, more speed
     base: Path | None = None  # where the checkpoint is a LoRA adapter: the folder of the model that it changes
     adapters: Mapping[str, Path] = field(default_factory=dict)  # AdapterHub's folders by name, the default first
+    kind: Kind | None = None  # what the user calls the model, where its files leave that open
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +60,17 @@ class ModelInfo:
     normalize: bool  # every vector ends in L2 normalisation; `run` leaves that last step to its caller
     batch_tokens: int  # the padded tokens a batch that this device runs fastest
     modalities: tuple[str, ...] = ("text",)
-    output: Output = "dense"
+    outputs: tuple[Output, ...] = ("dense",)  # what one forward pass can give; the first is the model's own
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None  # a key of `prompts`, put before every text unless another is asked for
     adapters: tuple[str, ...] = ()  # of which a request chooses one; the first is the default
     separator: str | None = None  # what a paper's title and abstract are joined with; None: it takes no papers
+    score_activation: Literal["sigmoid", "identity"] = "identity"  # of a reranker, from its scores to relevance
+    memory_bytes: int = 0  # of its weights on the device; 0: not known
+
+    @property
+    def output(self) -> Output:
+        return self.outputs[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +82,22 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One input: a text, the model's own token ids (taken as they are, special tokens included), or an image."""
+class Pair:
+    """What a reranker scores."""
 
-    content: str | tuple[int, ...] | EncodedImage
+    query: str
+    document: str
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One input: a text, the model's own token ids (taken as they are, special tokens included), an image or a pair."""
+
+    content: str | tuple[int, ...] | EncodedImage | Pair
     prompt: str = ""  # put before a text
     role: Role | None = None  # what a text is embedded as, where the model makes a difference beyond the prompt
     adapter: str | None = None  # one of `ModelInfo.adapters`; None: the default
+    outputs: tuple[Output, ...] = ()  # those of `ModelInfo.outputs` that are wanted, by name; none: the first, bare
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +135,14 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, batch: Any) -> Rows:
-        """One forward pass on the device: float32 vectors of each item, in the order given to `collate`.
+        """One forward pass on the device: what each item is to give, in the order given to `collate`.
 
         Raises `DeviceLost` when the device can compute no more.
         """
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's tokens, as its tokenizer writes them. For sparse output."""
+        raise NotImplementedError
 
     def warm_up(self) -> None:
         """Do now what would make the first requests slow. Called once, on the worker's thread."""

@@ -6,10 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mlx_embeddings_backends.base import Backend, ModelInfo, Prepared
+from mlx_embeddings_backends.base import Backend, ModelInfo, Prepared, Row
 from mlx_embeddings_server.engine.queue import Queue, QueueFull, Ticket
 from mlx_embeddings_server.engine.worker import BatchStats, State, Worker, WorkerLost
 
@@ -19,9 +16,9 @@ _ROOM_PAUSE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request's vectors, in the order of its items: float32, [dimensions] or [vectors, dimensions] each."""
+    """What one request's items gave, in their order."""
 
-    vectors: list[NDArray[np.float32]]
+    rows: list[Row]
     queue_seconds: float
     inference_seconds: float
 
@@ -61,7 +58,7 @@ class Request:
         """Wait for all items. Raises what failed the first of them."""
         ticket = self._ticket
         await ticket.future
-        return Outcome(cast(list[NDArray[np.float32]], ticket.rows), ticket.queue_seconds, ticket.inference_seconds)
+        return Outcome(cast(list[Row], ticket.rows), ticket.queue_seconds, ticket.inference_seconds)
 
 
 class Engine:

@@ -6,10 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mlx_embeddings_backends.base import Prepared
+from mlx_embeddings_backends.base import Prepared, Row
 from mlx_embeddings_server.engine.batcher import pick
 
 # Only the oldest items are looked at when a batch is formed: it bounds the time that the lock is held.
@@ -29,7 +26,7 @@ class Ticket:
     """One request's place in the queue: its items' vectors arrive one by one, its future is set once."""
 
     future: asyncio.Future[None]
-    rows: list[NDArray[np.float32] | None]
+    rows: list[Row | None]
     left: int
     error: BaseException | None = None
     admitted: bool = False  # some of its items wait, run or are done

@@ -3,13 +3,13 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
 
-from mlx_embeddings_backends.base import Backend, Rows
+from mlx_embeddings_backends.base import Backend, Row, Rows, SparseVector
 from mlx_embeddings_backends.errors import DeviceLost, ModelError
 from mlx_embeddings_server.engine.handover import Handover
 from mlx_embeddings_server.engine.queue import Job, Queue, Ticket
@@ -281,7 +281,16 @@ def _are_finite(rows: Rows) -> Sequence[bool]:
     """Of each item."""
     if isinstance(rows, np.ndarray):
         return cast(list[bool], np.isfinite(rows).all(axis=1).tolist())
-    return [bool(np.isfinite(row).all()) for row in rows]
+    return list(map(_is_finite, rows))
+
+
+def _is_finite(row: Row) -> bool:
+    match row:
+        case Mapping():
+            return all(map(_is_finite, row.values()))
+        case SparseVector():
+            return bool(np.isfinite(row.values).all())
+    return bool(np.isfinite(row).all())
 
 
 def _fail(ticket: Ticket, error: BaseException) -> set[Ticket]:

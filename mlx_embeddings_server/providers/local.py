@@ -7,10 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mlx_embeddings_backends.base import EncodedImage, Item, PatchGrid, Prepared, Truncate
+from mlx_embeddings_backends.base import EncodedImage, Item, Pair, PatchGrid, Prepared, Row, Truncate
 from mlx_embeddings_backends.errors import InputError
 from mlx_embeddings_server.engine.engine import Engine, Outcome
 
@@ -33,7 +30,7 @@ class Account:
 class Vectors:
     """Raw vectors of the items, in their order, and what they took."""
 
-    rows: list[NDArray[np.float32]]  # of each item: [dimensions], or [vectors, dimensions] of a multi-vector model
+    rows: list[Row]  # of each item
     accounts: list[Account]
     tokenize_seconds: float  # preprocessing of images included
     queue_seconds: float
@@ -114,7 +111,13 @@ class LocalProvider:
 
 
 def _length(item: Item) -> int:
-    return len(item.prompt) + (0 if isinstance(item.content, EncodedImage) else len(item.content))
+    match item.content:
+        case EncodedImage():
+            return len(item.prompt)
+        case Pair(query, document):
+            return len(query) + len(document)
+        case content:
+            return len(item.prompt) + len(content)
 
 
 def _account(prepared: Prepared) -> Account:
@@ -122,4 +125,4 @@ def _account(prepared: Prepared) -> Account:
 
 
 def _vectors(result: Outcome, accounts: list[Account], tokenize_seconds: float) -> Vectors:
-    return Vectors(result.vectors, accounts, tokenize_seconds, result.queue_seconds, result.inference_seconds)
+    return Vectors(result.rows, accounts, tokenize_seconds, result.queue_seconds, result.inference_seconds)

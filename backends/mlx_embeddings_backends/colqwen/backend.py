@@ -37,7 +37,7 @@ class ColQwenBackend(Backend):
             normalize=True,
             batch_tokens=batch_tokens,
             modalities=("text", "image"),
-            output="multi_vector",
+            outputs=("multi_vector",),
             prompts=PROMPTS,
             default_prompt="query",
         )
