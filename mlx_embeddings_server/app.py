@@ -24,10 +24,12 @@ from mlx_embeddings_server.inputs.images import ImageLoader
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder, is_known_encoding, known_encodings
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.middleware import RequestMiddleware
-from mlx_embeddings_server.models import Load, Models
-from mlx_embeddings_server.routes import embed, health, openai
+from mlx_embeddings_server.models import Models
+from mlx_embeddings_server.ranking import RankingService
+from mlx_embeddings_server.routes import admin, embed, health, openai, rerank, sparse, unified
 from mlx_embeddings_server.routes.disconnects import ClientGone, DisconnectWatcher
 from mlx_embeddings_server.runtime import Runtime
+from mlx_embeddings_server.served_model import Load
 from mlx_embeddings_server.service import EmbeddingService
 from mlx_embeddings_server.settings import Settings, SettingsError
 
@@ -40,7 +42,7 @@ def create_app(settings: Settings, *, load: Load = detect.load) -> FastAPI:
 
     Raises `SettingsError`, or `ModelError` for a model that is not to be had. `load` makes a backend of a checkpoint.
     """
-    if not settings.model:
+    if not settings.model and not settings.models:
         raise SettingsError("no model was named: give --model, or set MLX_EMBEDDINGS_MODEL")
     metrics = Metrics()
     image_loader = ImageLoader(
@@ -54,15 +56,16 @@ def create_app(settings: Settings, *, load: Load = detect.load) -> FastAPI:
         image_loader=image_loader,
     )
     disconnects = DisconnectWatcher()
-    runtime = Runtime(settings, Models(settings, metrics, load), metrics, service)
+    runtime = Runtime(settings, Models(settings, metrics, load), metrics, service, RankingService(service, metrics))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(runtime.models.load)
-        watching = asyncio.create_task(disconnects.run())
+        tasks = [asyncio.create_task(disconnects.run()), asyncio.create_task(runtime.models.unload_idle())]
         yield
         runtime.draining = True
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
         await image_loader.aclose()
         await asyncio.to_thread(runtime.models.close, _LAST_BATCH_TIMEOUT)
 
@@ -81,9 +84,8 @@ def create_app(settings: Settings, *, load: Load = detect.load) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientGone, _answer_nobody)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)  # it left before its body was here
-    app.include_router(openai.router)
-    app.include_router(embed.router)
-    app.include_router(health.router)
+    for routes in (openai, sparse, rerank, unified, admin, embed, health):
+        app.include_router(routes.router)
     return app
 
 

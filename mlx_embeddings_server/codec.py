@@ -9,6 +9,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from mlx_embeddings_backends.base import SparseVector
+
 OutputDType = Literal["float", "int8", "uint8", "binary", "ubinary"]
 EncodingFormat = Literal["float", "base64"]
 
@@ -31,22 +33,28 @@ def quantize(rows: NDArray[np.float32], dtype: OutputDType) -> NDArray[Any]:
 
 
 def encode_inputs(
-    rows: NDArray[Any], lengths: Sequence[int] | None, encoding_format: EncodingFormat
+    rows: NDArray[Any], lengths: Sequence[int] | None, encoding_format: EncodingFormat, name: str = "embedding"
 ) -> Iterator[dict[str, Any]]:
-    """For each input its `embedding`: an array, or base64 of its little-endian bytes.
+    """For each input, under `name`: an array, or base64 of its little-endian bytes.
 
-    With `lengths` an input has several rows: the embedding is a list of lists, and beside base64 stands its `shape`.
+    With `lengths` an input has several rows: that is a list of lists, and beside base64 stands its `shape`.
     """
+    shape = "shape" if name == "embedding" else f"{name}_shape"
     ends = range(1, len(rows) + 1) if lengths is None else accumulate(lengths)
     start = 0
     for end in ends:
         array = rows[start] if lengths is None else rows[start:end]
         start = end
         if encoding_format == "float":
-            yield {"embedding": array}
+            yield {name: array}
             continue
-        value: dict[str, Any] = {"embedding": base64.b64encode(array.tobytes()).decode("ascii")}
-        yield value if lengths is None else value | {"shape": array.shape}
+        value: dict[str, Any] = {name: base64.b64encode(array.tobytes()).decode("ascii")}
+        yield value if lengths is None else value | {shape: array.shape}
+
+
+def sparse_value(vector: SparseVector) -> dict[str, Any]:
+    """Indices ascending, and the values there."""
+    return {"indices": vector.indices, "values": vector.values}
 
 
 def embedding_list(values: Iterable[Mapping[str, Any]], *, model: str, usage: Mapping[str, Any]) -> Iterator[bytes]:

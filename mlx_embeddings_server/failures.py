@@ -23,7 +23,10 @@ _LONGEST_RETRY_AFTER = 60  # seconds
 
 @contextmanager
 def as_api_errors(field: str, place_of: Sequence[int]) -> Iterator[None]:
-    """`place_of` has, for each input of the request's `field`, the place of the item that it became."""
+    """`place_of` has, for each input of the request's `field`, the place of the item that it became.
+
+    An item that is no input's is the query.
+    """
     try:
         yield
     except InputError as error:
@@ -75,7 +78,11 @@ def _invalid_input(error: InputError, field: str, indexes: Mapping[int, Sequence
             code, message = "invalid_image", f"is no image that can be taken: {error}"
         case _:
             raise error
-    return InvalidInput(f"{field}[{indexes[error.index][0]}]", message, code=code)
+    return InvalidInput(_where(field, indexes, error.index), message, code=code)
+
+
+def _where(field: str, indexes: Mapping[int, Sequence[int]], place: int) -> str:
+    return f"{field}[{indexes[place][0]}]" if place in indexes else "query"
 
 
 def _too_long(error: InputTooLong, field: str, indexes: Mapping[int, Sequence[int]]) -> InvalidInput:
@@ -83,19 +90,21 @@ def _too_long(error: InputTooLong, field: str, indexes: Mapping[int, Sequence[in
         (
             {"index": index, "tokens": tokens, "max_tokens": error.max_tokens}
             for place, tokens in error.lengths
-            for index in indexes[place]
+            for index in indexes.get(place, ())
         ),
         key=lambda detail: detail["index"],
     )
     others = f" (and {len(details) - 1} more inputs are too long)" if len(details) > 1 else ""
     remedy = (
-        "the prompt leaves no room for a text: send a shorter one"
+        "the prompt or the query leaves no room for the text: send a shorter one"
         if error.prompt_fills
         else 'send shorter inputs, or "truncate": "end" to have them cut'
     )
+    where = f"{field}[{details[0]['index']}]" if details else "query"
+    tokens = details[0]["tokens"] if details else error.lengths[0][1]
     return InvalidInput(
-        f"{field}[{details[0]['index']}]",
-        f"has {details[0]['tokens']} tokens, the model takes {error.max_tokens}{others}: {remedy}",
+        where,
+        f"has {tokens} tokens, the model takes {error.max_tokens}{others}: {remedy}",
         code="input_too_long",
-        details=details,
+        details=details or None,
     )

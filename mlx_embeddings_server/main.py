@@ -7,8 +7,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mlx_embeddings_server import __version__
-from mlx_embeddings_server.settings import ENVIRONMENT_PREFIX, Settings, SettingsError, load_settings
+from pydantic import ByteSize
+
+from mlx_embeddings_server import __version__, check
+from mlx_embeddings_server.settings import ENVIRONMENT_PREFIX, FILE_ONLY, Settings, SettingsError, load_settings
+
+_CHECK = "check"
+_DESCRIPTION = (
+    "An embeddings server for MLX and torch that speaks OpenAI's API. In the place of options, `check FILE` says what "
+    "a file for --config would serve, without loading anything."
+)
 
 _NO_MODEL = """\
 mlx-embeddings-server: no model was named. Two commands that work:
@@ -16,18 +24,23 @@ mlx-embeddings-server: no model was named. Two commands that work:
   mlx-embeddings-server --model sentence-transformers/all-MiniLM-L6-v2
   mlx-embeddings-server --model ./path/to/a/model/folder
 
+Several, each with its own settings, are listed in a file (--config) as models.example.yaml has them.
 --help lists all options.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until a signal. Exits with 0 after one, with 2 when the command or the model was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == [_CHECK]:
+        check.main(arguments[1:])
+        return
     flags = vars(argument_parser().parse_args(arguments))
     try:
         settings = load_settings({name: value for name, value in flags.items() if value is not None})
     except SettingsError as error:
         _exit(str(error))
-    if not settings.model:
+    if not settings.model and not settings.models:
         sys.stderr.write(_NO_MODEL)
         sys.exit(2)
     # Only now: what follows imports the web framework, and then the model's backend.
@@ -49,10 +62,8 @@ def _exit(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def argument_parser(
-    prog: str = "mlx-embeddings-server", description: str = "An OpenAI-compatible embeddings server for MLX and torch."
-) -> argparse.ArgumentParser:
-    """One flag for each field of Settings."""
+def argument_parser(prog: str = "mlx-embeddings-server", description: str = _DESCRIPTION) -> argparse.ArgumentParser:
+    """One flag for each field of Settings that can have one."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -61,6 +72,8 @@ def argument_parser(
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     for name, field in Settings.model_fields.items():
+        if name in FILE_ONLY:
+            continue
         flag = f"--{name.replace('_', '-')}"
         text = (field.description or "").replace("%", "%%")
         if field.annotation is bool:
@@ -75,6 +88,8 @@ def argument_parser(
 
 def _metavar(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", ())
+    if ByteSize in choices:
+        return "SIZE"
     if choices and all(isinstance(choice, str) for choice in choices):
         return "{" + ",".join(choices) + "}"
     names = {int: "N", float: "SECONDS"}

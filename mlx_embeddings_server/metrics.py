@@ -44,11 +44,36 @@ class Metrics:
         self._queue_tokens = Gauge(f"{_PREFIX}queue_tokens", "Tokens waiting", ["model"], registry=registry)
         self._queue_items = Gauge(f"{_PREFIX}queue_items", "Items waiting", ["model"], registry=registry)
 
+        self._loads = Counter(
+            f"{_PREFIX}model_loads", "Loads of a model, by how they ended", ["model", "result"], registry=registry
+        )
+        self._unloads = Counter(
+            f"{_PREFIX}model_unloads", "Times that a model was unloaded", ["model"], registry=registry
+        )
+        self._load_seconds = Gauge(
+            f"{_PREFIX}model_load_seconds", "Time of a model's last load", ["model"], registry=registry
+        )
+        self._model_bytes = Gauge(
+            f"{_PREFIX}model_memory_bytes", "Weights of a loaded model; 0 while it is not", ["model"], registry=registry
+        )
+
     def observe_batch(self, model: str, stats: BatchStats) -> None:
         self._batch_seconds.labels(model).observe(stats.seconds)
         self._batch_items.labels(model).observe(stats.items)
         self._batch_tokens.labels(model).inc(stats.tokens)
         self._padded_tokens.labels(model).inc(stats.padded_tokens)
+
+    def observe_load(self, model: str, seconds: float, memory_bytes: int) -> None:
+        self._loads.labels(model, "ok").inc()
+        self._load_seconds.labels(model).set(seconds)
+        self._model_bytes.labels(model).set(memory_bytes)
+
+    def observe_failed_load(self, model: str) -> None:
+        self._loads.labels(model, "failed").inc()
+
+    def observe_unload(self, model: str) -> None:
+        self._unloads.labels(model).inc()
+        self._model_bytes.labels(model).set(0)
 
     def watch_queue(self, model: str, queue: Queue) -> None:
         self._queue_tokens.labels(model).set_function(lambda: queue.tokens)

@@ -1,127 +1,72 @@
-"""The models that this process serves, by name."""
+"""The models that this process serves, by name, and the memory that they share."""
 
+import asyncio
 import gc
-import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 
-from mlx_embeddings_backends import checkpoints, detect, hub
-from mlx_embeddings_backends.base import Backend, LoadOptions, ModelInfo
+from mlx_embeddings_backends import detect, hub
 from mlx_embeddings_backends.errors import ModelError
-from mlx_embeddings_backends.hub import Snapshot
-from mlx_embeddings_server.engine.engine import Engine
+from mlx_embeddings_server.engine.turns import DeviceTurns
 from mlx_embeddings_server.errors import NotFound, quoted
 from mlx_embeddings_server.metrics import Metrics
-from mlx_embeddings_server.providers.local import LocalProvider
+from mlx_embeddings_server.registry import model_specs
+from mlx_embeddings_server.served_model import Found, Load, Parts, ServedModel
 from mlx_embeddings_server.settings import Settings
 
-log = logging.getLogger(__name__)
-
-Load = Callable[[detect.Choice, Path, LoadOptions], Backend]
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model under the name that requests call it by."""
-
-    name: str
-    snapshot: Snapshot
-    choice: detect.Choice
-    provider: LocalProvider
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def engine(self) -> Engine:
-        return self.provider.engine
-
-    @property
-    def info(self) -> ModelInfo:
-        return self.provider.engine.info
+# Seconds between two looks whether a model has been idle for long enough.
+_IDLE_CHECK = 1.0
 
 
 class Models:
     """All served models. `load` builds a backend of what was found; tests pass their own."""
 
     def __init__(self, settings: Settings, metrics: Metrics, load: Load = detect.load) -> None:
-        """Find the checkpoints, without loading them. Raises `ModelError`."""
-        names = settings.served_model_name
-        if names and len(names) != len(settings.model):
-            raise ModelError(
-                f"--served-model-name was given {len(names)} times and --model {len(settings.model)} times: "
-                "give one name for each model, in the same order, or none"
-            )
-        if len(settings.model) > 1 and (settings.adapter or settings.pretrained):
-            raise ModelError("--adapter and --pretrained belong to one model: give one --model with them")
+        """Find the pinned models' checkpoints, without loading them. Raises `ModelError` or `SettingsError`."""
+        self._max_memory = settings.max_memory
         self._by_name: dict[str, ServedModel] = {}
-        self._aliases: dict[str, str] = {}
         self._loaded = False
-        for place, model in enumerate(settings.model):
-            checkpoint = checkpoints.find(
-                model, revision=settings.revision, pretrained=settings.pretrained, adapters=settings.adapter
-            )
-            snapshot = checkpoint.snapshot
-            name = names[place] if names else snapshot.name
+        parts = Parts(metrics, load, settings.max_queue_tokens, DeviceTurns())
+        given: dict[str, str] = {}  # aliases
+        derived: dict[str, str] = {}
+        for spec in model_specs(settings):
+            found = Found.of(spec) if spec.pinned else None
+            name = spec.name
+            if found is not None and name is None:
+                snapshot = found.checkpoint.snapshot
+                name = snapshot.name
+                if snapshot.source != "local":
+                    # As it was typed, such as hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K.
+                    derived[spec.source] = name
+                    derived |= {short: name for short, full in hub.ALIASES.items() if full == name}
+            assert name is not None, "models of the file have names"
             if name in self._by_name:
                 raise ModelError(f"two models would be served as {name!r}: give each a --served-model-name")
-            choice = detect.choose(
-                checkpoint.folder,
-                settings.backend,
-                base=checkpoint.base,
-                has_adapters=bool(checkpoint.adapters),
-                allow_unverified=settings.allow_unverified,
-            )
-            options = LoadOptions(
-                settings.device, settings.dtype, settings.max_image_tokens, checkpoint.base, checkpoint.adapters
-            )
-            engine = Engine(
-                name,
-                partial(load, choice, checkpoint.folder, options),
-                queue_tokens=settings.max_queue_tokens,
-                batch_tokens=settings.max_batch_tokens,
-                observe=partial(metrics.observe_batch, name),
-            )
-            if not names and snapshot.source != "local":
-                self._aliases[model] = name  # as it was typed, such as hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K
-                self._aliases |= {short: name for short, full in hub.ALIASES.items() if full == name}
-            self._by_name[name] = ServedModel(name, snapshot, choice, LocalProvider(engine))
-            metrics.watch_queue(name, engine.queue)
+            given |= dict.fromkeys(spec.aliases, name)
+            self._by_name[name] = ServedModel(name, spec, parts, self._make_room, found)
+        if twice := given.keys() & self._by_name.keys():
+            raise ModelError(f"{min(twice)!r} is a model's name and another one's alias")
+        self._aliases = derived | given  # what nobody wrote gives way
 
     def load(self) -> None:
-        """Load and warm up every model; returns when all can answer. Does nothing twice. Raises `ModelError`."""
+        """Load and warm up the pinned models; returns when they can answer. Does nothing twice. Raises `ModelError`."""
         if self._loaded:
             return
         self._loaded = True
         for model in self:
-            info = model.engine.load()
-            log.info(
-                "serving %s: revision %s from %s, backend %s (%s), device %s, dtype %s, %d dimensions, "
-                "%d tokens at most, takes %s, gives %s vectors%s",
-                model.name,
-                model.snapshot.revision or "unknown",
-                model.snapshot.source,
-                info.backend,
-                model.choice.reason if model.choice.verified else f"{model.choice.reason}, not verified",
-                info.device,
-                info.dtype,
-                info.dimensions,
-                info.max_tokens,
-                " and ".join(info.modalities),
-                info.output,
-                f", adapters {', '.join(info.adapters)}" if info.adapters else "",
+            if model.spec.pinned:
+                model.load_now()
+        taken = sum(model.memory_bytes for model in self if model.is_loaded)
+        if self._max_memory is not None and taken > self._max_memory:
+            raise ModelError(
+                f"the models that are loaded at the start take {_megabytes(taken)}, and --max-memory is "
+                f"{_megabytes(self._max_memory)}"
             )
 
-        # What the libraries made while loading stays: looking through it all for garbage, again and again, would stop
-        # the server for a third of a second each time.
-        gc.collect()
-        gc.freeze()
-
     def get(self, name: str) -> ServedModel:
-        """By served name. Raises `NotFound` with what there is."""
+        """By served name or alias. Raises `NotFound` with what there is."""
         try:
-            return self._by_name[self._aliases.get(name, name)]
+            return self._by_name[name if name in self._by_name else self._aliases[name]]
         except KeyError:
             served = ", ".join(self._by_name)
             raise NotFound(
@@ -131,16 +76,57 @@ class Models:
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._by_name.values())
 
+    async def unload_idle(self) -> None:
+        """For ever: unload models that nobody has asked for in their `keep_alive`."""
+        while True:
+            await asyncio.sleep(_IDLE_CHECK)
+            now = time.monotonic()
+            idle = [
+                model
+                for model in self
+                if model.spec.keep_alive is not None
+                and not model.spec.pinned
+                and model.is_loaded
+                and not model.users
+                and now - model.used_at >= model.spec.keep_alive
+            ]
+            await asyncio.gather(*(model.unload() for model in idle))
+
+    async def _make_room(self, model: ServedModel, needed: int) -> None:
+        """Unload others until there is room for `model`: the least recently used first, none that is pinned.
+
+        Called before the model's load, and after it with what it really takes. Raises `ModelError`.
+        """
+        while self._max_memory is not None:
+            others = [each for each in self if each is not model and (each.is_loaded or each.reserved_bytes)]
+            taken = sum(each.reserved_bytes or each.memory_bytes for each in others)
+            if taken + needed <= self._max_memory:
+                break
+            unpinned = [each for each in others if not each.spec.pinned]
+            if model.reserved_bytes:  # two that are being loaded must not wait for each other: the later one sees to it
+                unpinned = [each for each in unpinned if each.is_loaded]
+                if not unpinned and any(each.reserved_bytes for each in others):
+                    break
+            if not unpinned:
+                raise ModelError(
+                    f"it takes about {_megabytes(needed)}, and pinned models leave "
+                    f"{_megabytes(self._max_memory - taken)} of --max-memory"
+                )
+            await min(unpinned, key=lambda each: (each.users > 0, each.used_at)).unload()
+        model.reserved_bytes = needed
+
     def stop(self) -> None:
         """Fail every request that is not answered yet; the workers end after the batch that runs."""
         for model in self:
-            model.engine.stop()
+            model.stop()
 
     def close(self, timeout: float = 0) -> bool:
-        """Stop, and wait for the workers. False: one still runs a batch."""
+        """Stop, and wait for the workers. False: one still runs a batch, or a model is being loaded."""
         self.stop()
-        for model in self:
-            model.provider.close()
         gc.unfreeze()  # else what the libraries made would never be freed, and nanobind prints a page of leaks
         deadline = time.monotonic() + timeout
-        return all([model.engine.join(max(0.0, deadline - time.monotonic())) for model in self])
+        return all([model.close(deadline) for model in self])
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.0f} MB"

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.models import Models
+from mlx_embeddings_server.ranking import RankingService
 from mlx_embeddings_server.service import EmbeddingService
 from mlx_embeddings_server.settings import Settings
 
@@ -20,18 +21,19 @@ class Runtime:
     models: Models
     metrics: Metrics
     service: EmbeddingService
+    ranking: RankingService
     started_at: float = field(default_factory=time.monotonic)
     draining: bool = False  # a signal came: no new work
     in_flight: int = 0  # requests that are being answered
 
     def status(self) -> Status:
-        """`unavailable` while any model's worker is not ready."""
+        """`unavailable` while a model that is to be loaded cannot answer. One that may be unloaded is loaded again."""
         if self.draining:
             return "draining"
-        states = {model.engine.state for model in self.models}
+        states = {model.state for model in self.models if model.spec.pinned or model.state == "restarting"}
         if states <= {"ready"}:
             return "ok"
-        return "starting" if states <= {"ready", "starting"} else "unavailable"
+        return "starting" if states <= {"ready", "starting", "unloaded"} else "unavailable"
 
     @property
     def uptime_seconds(self) -> float:

@@ -13,8 +13,8 @@ import uvicorn
 from mlx_embeddings_backends import detect
 from mlx_embeddings_server.app import create_app
 from mlx_embeddings_server.logs import configure_logging
-from mlx_embeddings_server.models import Load
 from mlx_embeddings_server.runtime import Runtime
+from mlx_embeddings_server.served_model import Load
 from mlx_embeddings_server.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)

@@ -1,29 +1,47 @@
 """embed(): inputs and what the caller wants of them to vectors, in the order of the inputs."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_embeddings_backends.base import EncodedImage, Item, ModelInfo, PatchGrid, Role, Truncate
+from mlx_embeddings_backends.base import (
+    EncodedImage,
+    Item,
+    ModelInfo,
+    Output,
+    PatchGrid,
+    Role,
+    Row,
+    SparseVector,
+    Truncate,
+)
 from mlx_embeddings_server.errors import InvalidRequest, quoted
 from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.images import ImageLoader
 from mlx_embeddings_server.inputs.parse import Content, ImageSource
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder
 from mlx_embeddings_server.metrics import Metrics
-from mlx_embeddings_server.models import ServedModel
 from mlx_embeddings_server.pooling import Pool, normalized, pool_patches, pool_tokens
-from mlx_embeddings_server.providers.local import Vectors
+from mlx_embeddings_server.providers.local import Timings, Vectors
+from mlx_embeddings_server.served_model import ServedModel
 from mlx_embeddings_server.settings import DimensionsPolicy
 
 # The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
 _ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
 # The adapter that takes a role's inputs where there is one of that name (SPECTER2's); else the default does.
 _ROLE_ADAPTERS: dict[Role, str] = {"query": "adhoc_query"}
+# Where a model of each kind is asked.
+_ROUTES: dict[Output, str] = {
+    "dense": "/v1/embeddings",
+    "multi_vector": "/v1/embeddings",
+    "sparse": "/v1/embed_sparse",
+    "rerank": "/v1/rerank",
+}
 _MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
 
 
@@ -41,6 +59,8 @@ class EmbedOptions:
     pool: Pool | None = None
     token_pool_factor: int | None = None
     with_patches: bool = False
+    outputs: tuple[Output, ...] | None = None
+    max_active_dims: int | None = None  # of a sparse vector: its largest values
 
     @property
     def role(self) -> Role | None:
@@ -52,18 +72,29 @@ class EmbedOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """Vectors of one kind, those of one input after those of another."""
+
+    rows: NDArray[np.float32]  # [vectors, dimensions]
+    lengths: list[int] | None  # multi_vector: how many of the rows are each input's. Else each has one
+
+
+@dataclass(frozen=True, slots=True)
 class Embeddings:
     """Vectors in the order of the inputs, and the account of what they took."""
 
-    rows: NDArray[np.float32]  # [vectors, dimensions]
-    lengths: list[int] | None  # of a multi-vector model: how many of the vectors are each input's. Else each has one
+    tables: Mapping[Output, Table]  # dense and multi_vector, of those that were asked for
+    sparse: list[SparseVector] | None
     patches: list[PatchGrid | None]  # of each input
     prompt_tokens: int
     truncated: list[int]  # indexes of the inputs that were cut
     provider: str
-    tokenize_seconds: float
-    queue_seconds: float
-    inference_seconds: float
+    timings: Timings
+
+    @property
+    def table(self) -> Table:
+        """The only one, or the first that was asked for."""
+        return next(iter(self.tables.values()))
 
 
 class EmbeddingService:
@@ -89,36 +120,56 @@ class EmbeddingService:
     ) -> Embeddings:
         """Duplicates are computed once. `field` is what the request calls the contents, for messages."""
         info = model.info
+        wanted = _wanted(model, options)
         self._check_dimensions(info, options.dimensions)
-        _check_pooling(info, options, contents, field)
-        prompt, adapter = _prompt(info, options), _adapter(info, options)
+        _check_pooling(wanted, options, contents, field)
+        prompt, adapter = prompt_of(info, options), _adapter(info, options)
         _check_prompt_has_text(contents, prompt, options, field)
         contents = await self._decode_token_ids(contents, field)
-        loaded = await self._load_images(contents, field)
+        loaded = await self.load_images(contents, field)
         places: dict[str | tuple[int, ...] | EncodedImage, int] = {}
         place_of = [places.setdefault(content, len(places)) for content in loaded]
+        named = wanted if len(info.outputs) > 1 else ()
         # Token ids and images carry no prompt: the model's default one is for texts.
-        items = [Item(each, prompt if isinstance(each, str) else "", options.role, adapter) for each in places]
-        with as_api_errors(field, place_of):
-            vectors = await model.provider.embed(items, options.truncate or self._truncate)
+        items = [Item(each, prompt if isinstance(each, str) else "", options.role, adapter, named) for each in places]
+        vectors = await self.run(model, items, options.truncate, as_api_errors(field, place_of))
         accounts = [vectors.accounts[place] for place in place_of]
-        prompt_tokens = sum(account.tokens for account in accounts)
-        self._metrics.prompt_tokens.labels(model.name).inc(prompt_tokens)
-        self._metrics.queue_seconds.labels(model.name).observe(vectors.queue_seconds)
-        rows, patches = await _pooled(vectors, options)
-        is_multi_vector = info.output == "multi_vector"
-        rows = [rows[place] for place in place_of]
+        self._metrics.prompt_tokens.labels(model.name).inc(sum(account.tokens for account in accounts))
+        patches = [account.patches for account in vectors.accounts]
+        tables: dict[Output, Table] = {}
+        if "dense" in wanted:
+            rows = _of("dense", vectors)
+            tables["dense"] = Table(self._shape(info, np.stack([rows[place] for place in place_of]), options), None)
+        if "multi_vector" in wanted:
+            rows, patches = await _pooled(_of("multi_vector", vectors), patches, options)
+            rows = [rows[place] for place in place_of]
+            tables["multi_vector"] = Table(self._shape(info, np.concatenate(rows), options), list(map(len, rows)))
+        sparse = None
+        if "sparse" in wanted:
+            found = [_sparse(row, options.max_active_dims) for row in vectors.rows]
+            sparse = [found[place] for place in place_of]
         return Embeddings(
-            rows=self._shape(info, np.concatenate(rows) if is_multi_vector else np.stack(rows), options),
-            lengths=list(map(len, rows)) if is_multi_vector else None,
+            tables={output: tables[output] for output in wanted if output in tables},
+            sparse=sparse,
             patches=[patches[place] for place in place_of],
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=sum(account.tokens for account in accounts),
             truncated=[index for index, account in enumerate(accounts) if account.truncated],
             provider=model.provider.name,
-            tokenize_seconds=vectors.tokenize_seconds,
-            queue_seconds=vectors.queue_seconds,
-            inference_seconds=vectors.inference_seconds,
+            timings=vectors.timings,
         )
+
+    async def run(
+        self,
+        model: ServedModel,
+        items: Sequence[Item],
+        truncate: Truncate | None,
+        errors: AbstractContextManager[None],
+    ) -> Vectors:
+        """The model's raw rows. `errors` turns what goes wrong into `ApiError`s."""
+        with errors:
+            vectors = await model.provider.embed(items, truncate or model.spec.truncate or self._truncate)
+        self._metrics.queue_seconds.labels(model.name).observe(vectors.timings.queue_seconds)
+        return vectors
 
     async def _decode_token_ids(self, contents: Sequence[Content], field: str) -> Sequence[Content]:
         decoder = self._token_decoder
@@ -133,7 +184,7 @@ class EmbeddingService:
 
         return await asyncio.to_thread(decode)
 
-    async def _load_images(self, contents: Sequence[Content], field: str) -> list[str | tuple[int, ...] | EncodedImage]:
+    async def load_images(self, contents: Sequence[Content], field: str) -> list[str | tuple[int, ...] | EncodedImage]:
         """The images' files in the place of what they were named by: all of them, or an error."""
         sources = [
             (content.source, f"{field}[{index}]")
@@ -161,10 +212,46 @@ class EmbeddingService:
         return normalized(rows) if (info.normalize if options.normalize is None else options.normalize) else rows
 
 
-async def _pooled(vectors: Vectors, options: EmbedOptions) -> tuple[list[NDArray[np.float32]], list[PatchGrid | None]]:
+def _wanted(model: ServedModel, options: EmbedOptions) -> tuple[Output, ...]:
+    """The kinds of vector that the reply is to have, each once."""
+    info = model.info
+    if options.outputs is None:
+        if info.output == "sparse":
+            raise wrong_type(model, "gives sparse vectors: ask /v1/embed_sparse")
+        if info.output == "rerank":
+            raise wrong_type(model, "scores a query's documents: ask /v1/rerank")
+        return (info.output,)
+    for output in options.outputs:
+        if output not in info.outputs:
+            if options.outputs == ("sparse",):
+                raise wrong_type(model, f"gives no sparse vectors: ask {_ROUTES[info.output]}")
+            raise _invalid(f"the model gives {' and '.join(info.outputs)}, not {output}", "outputs")
+    return tuple(dict.fromkeys(options.outputs))
+
+
+def wrong_type(model: ServedModel, what_it_does: str) -> InvalidRequest:
+    return InvalidRequest(f"the model {model.name!r} {what_it_does}", param="model", code="wrong_model_type")
+
+
+def _of(output: Output, vectors: Vectors) -> list[NDArray[np.float32]]:
+    """Each item's rows of one kind."""
+    rows = (row[output] if isinstance(row, Mapping) else row for row in vectors.rows)
+    return cast(list[NDArray[np.float32]], list(rows))
+
+
+def _sparse(row: Row, most: int | None) -> SparseVector:
+    vector = row["sparse"] if isinstance(row, Mapping) else row
+    assert isinstance(vector, SparseVector)
+    if most is None or len(vector.indices) <= most:
+        return vector
+    kept = np.sort(np.argsort(-vector.values, kind="stable")[:most])  # of equal values the first
+    return SparseVector(vector.indices[kept], vector.values[kept])
+
+
+async def _pooled(
+    each: list[NDArray[np.float32]], patches: list[PatchGrid | None], options: EmbedOptions
+) -> tuple[list[NDArray[np.float32]], list[PatchGrid | None]]:
     """Each item's vectors after `pool` or `token_pool_factor`, and its patch grid."""
-    patches = [account.patches for account in vectors.accounts]
-    each = cast(list[NDArray[np.float32]], vectors.rows)
     if (pool := options.pool) is not None:
         pooled = [
             pool_patches(normalized(rows), grid, pool)
@@ -179,12 +266,12 @@ async def _pooled(vectors: Vectors, options: EmbedOptions) -> tuple[list[NDArray
     return each, patches
 
 
-def _check_pooling(info: ModelInfo, options: EmbedOptions, contents: Sequence[Content], field: str) -> None:
+def _check_pooling(wanted: Sequence[Output], options: EmbedOptions, contents: Sequence[Content], field: str) -> None:
     """`pool`, `token_pool_factor` and `include` where they mean something."""
     asked = [name for name in ("token_pool_factor", "pool") if getattr(options, name) is not None]
-    if info.output != "multi_vector" and (asked or options.with_patches):
+    if "multi_vector" not in wanted and (asked or options.with_patches):
         param = asked[0] if asked else "include"
-        raise _invalid(f"{param} is for multi-vector models, which this one is not", param)
+        raise _invalid(f"{param} is for multi-vector models, and for outputs with multi_vector", param)
     if len(asked) > 1:
         raise _invalid("token_pool_factor and pool exclude each other: send one of them", "pool")
     if asked and options.normalize is False:
@@ -197,7 +284,7 @@ def _check_pooling(info: ModelInfo, options: EmbedOptions, contents: Sequence[Co
                 raise _invalid(f"pool is over an image's patches, and {field}[{index}] is no image", "pool")
 
 
-def _prompt(info: ModelInfo, options: EmbedOptions) -> str:
+def prompt_of(info: ModelInfo, options: EmbedOptions) -> str:
     """The text put before each input."""
     asked = [name for name in ("input_type", "prompt", "prompt_name") if getattr(options, name) is not None]
     if len(asked) > 1:

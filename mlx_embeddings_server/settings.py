@@ -1,25 +1,42 @@
 """One frozen Settings: flags over environment over the YAML file over defaults."""
 
+import difflib
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
+
+from mlx_embeddings_server import yaml_file
+from mlx_embeddings_server.model_entry import ModelEntry, name_problems
+from mlx_embeddings_server.setting_types import Adapters, Device, Duration, Names, Size
+from mlx_embeddings_server.yaml_file import Location, Problem, YamlFile, dotted
 
 ENVIRONMENT_PREFIX = "MLX_EMBEDDINGS_"
 
 DimensionsPolicy = Literal["reduce", "pad", "ignore"]
-# From a flag a list comes as it is; from the environment or YAML it may be one string, with commas between the names.
-Names = Annotated[tuple[str, ...], NoDecode]
+# They have neither a flag nor a variable.
+FILE_ONLY = frozenset({"models"})
+# Keys that begin so are the file's own, for anchors to stand at.
+_IGNORED = "x-"
+_MAX_PROBLEMS = 100
+
+# Of pydantic's messages, those that name Python's types.
+_IN_MODELS = {
+    "missing": "is missing: the hub id of the model, or the path of its folder",
+    "model_type": "must hold the model's settings, `name: ID_OR_PATH` at least",
+    "dict_type": "must be a mapping, one `name: value` a line",
+    "string_type": "must be text: put it in quotes",
+    "tuple_type": "must be a list",
+}
 
 
 class SettingsError(Exception):
@@ -27,7 +44,7 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """Every field is a flag, an environment variable and a YAML key."""
+    """Every field is a flag, an environment variable and a YAML key, but for those of `FILE_ONLY`."""
 
     # An empty variable is how container images and compose files say that it is not set.
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
@@ -38,16 +55,22 @@ class Settings(BaseSettings):
         description="open_clip's name of the weights, where --model is its name of an architecture "
         "(--model ViT-B-32 --pretrained laion2b_s34b_b79k)",
     )
-    adapter: Names = Field(
+    adapter: Adapters = Field(
         (),
         description="NAME=ID_OR_PATH of an AdapterHub adapter of the model, as SPECTER2 has them; may be repeated: a "
         "request's `adapter` chooses one, the first is the default, and queries take that named adhoc_query",
     )
     served_model_name: Names = Field((), description="name that requests call the model by, one for each --model")
-    config: str | None = Field(None, description="YAML file with the same settings, one key a flag (`max-batch-tokens` "
-                               "is `max_batch_tokens`)")  # fmt: skip
+    models: Annotated[Mapping[str, ModelEntry], NoDecode] = Field(
+        default_factory=dict, description="models by the name that requests call them by"
+    )
+    config: str | None = Field(
+        None,
+        description="YAML file with the same settings, one key a flag (`max-batch-tokens` is `max_batch_tokens`), and "
+        "with `models`: several, each with settings of its own",
+    )
     backend: Literal["auto", "mlx", "torch"] = Field("auto", description="what runs the model")
-    device: str = Field(
+    device: Device = Field(
         "auto", description="auto, cpu, cuda, cuda:N or mps; auto is the first of cuda, mps, cpu that is here"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -69,6 +92,16 @@ class Settings(BaseSettings):
         ge=1,
         description="padded tokens of one batch: more fills a GPU better, fewer make a short query wait less. "
         "Default: 16384 on a GPU, 2048 on a CPU, where larger batches run slower",
+    )
+    keep_alive: Duration = Field(
+        None,
+        description="time without a request after which a model that is not pinned is unloaded: seconds, or such as "
+        "30s, 5m or 1h. Default: never",
+    )
+    max_memory: Size = Field(
+        None,
+        description="memory of all loaded models' weights together, such as 16GB, 800MB or 12GiB; the least recently "
+        "used model that is not pinned is unloaded to make room. Default: no limit",
     )
     max_queue_tokens: int = Field(
         1_048_576, ge=1, description="tokens that may wait; beyond it requests are refused with 429 and Retry-After"
@@ -109,35 +142,12 @@ class Settings(BaseSettings):
     access_log: bool = Field(False, description="log every request")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that requests in flight have to finish after SIGTERM")
 
-    @field_validator("model", "served_model_name", "adapter", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _split_names(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return [name.strip() for name in value.split(",") if name.strip()]
-        return value
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _join_mapping(cls, value: Any) -> Any:
-        """YAML's way to write names with values."""
-        return [f"{name}={place}" for name, place in value.items()] if isinstance(value, dict) else value
-
-    @field_validator("adapter")
-    @classmethod
-    def _check_adapters(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        names = [name for name, _, place in (each.partition("=") for each in value) if name and place]
-        if len(names) < len(value):
-            raise ValueError("must be NAME=ID_OR_PATH, such as adhoc_query=allenai/specter2_adhoc_query")
-        if len(set(names)) < len(names):
-            raise ValueError("gives two adapters the same name")
-        return value
-
-    @field_validator("device")
-    @classmethod
-    def _check_device(cls, value: str) -> str:
-        kind, colon, number = value.partition(":")
-        if kind not in ("auto", "cpu", "cuda", "mps") or (colon and not (kind == "cuda" and number.isdecimal())):
-            raise ValueError("must be auto, cpu, cuda, cuda:N or mps")
+    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Else `port: yes` would be port 1."""
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("must not be true or false (nor yes, no, on or off, which YAML reads as those)")
         return value
 
     @classmethod
@@ -149,46 +159,90 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings
 
 
 def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
-    """Flags that were given, then the environment, then the YAML file. Raises `SettingsError`."""
+    """Flags that were given, then the environment, then the YAML file. Raises `SettingsError`: all that is wrong."""
     flags = dict(flags or {})
     config = flags.get("config") or os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
-    if config:
-        _check_file(config)
+    file = yaml_file.read(config) if config else YamlFile("")
+    values = {name: value for name, value in file.values.items() if not name.startswith(_IGNORED)}
 
     class FromFile(Settings):
-        model_config = SettingsConfigDict(yaml_file=config)
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            *sources: PydanticBaseSettingsSource,
+            **more: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            first = super().settings_customise_sources(settings_cls, *sources, **more)
+            return *first, InitSettingsSource(settings_cls, init_kwargs=values)
 
+    problems = _unread(file, values)
+    if not values.get("models", True):
+        del values["models"]
     try:
-        return FromFile(**flags)
+        settings = FromFile(**flags)
     except ValidationError as error:
-        raise SettingsError(
-            "\n".join(_explain(each["loc"], each["msg"], each["type"]) for each in error.errors())
-        ) from error
+        given = flags.keys() | {name for name in values if os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}")}
+        # One more than is told, which says that there are more: looking for what was meant takes a millisecond each.
+        shown = error.errors(include_url=False)[: _MAX_PROBLEMS + 1]
+        problems += [_explain(each, file, in_file=values.keys() - given) for each in shown]
+    problems += [_at(file, location, message) for location, message in name_problems(values.get("models"))]
+    if problems:
+        raise SettingsError(_told(file.path, problems))
+    return settings
 
 
-def _check_file(config: str) -> None:
-    """A mapping of names: pydantic-settings itself shows a traceback for anything else."""
-    try:
-        content = yaml.safe_load(Path(config).read_text())
-    except FileNotFoundError:
-        raise SettingsError(f"{_names('config')}: there is no file {config}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{_names('config')}: {config} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{_names('config')}: {config} is not YAML: {error}") from error
-    if content is not None and not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):
-        raise SettingsError(f"{_names('config')}: {config} must hold settings, one `key: value` a line")
+def _unread(file: YamlFile, values: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong before any setting is looked at. Raises `SettingsError`, where the file is not looked at at all."""
+    variable = f"{ENVIRONMENT_PREFIX}MODELS"
+    if os.environ.get(variable):
+        raise SettingsError(f"{variable}: only the file of --config has `models`; ids are in {ENVIRONMENT_PREFIX}MODEL")
+    problems = [
+        each if each.line is not None else Problem(None, f"{_names('config')}: {each.message}")
+        for each in file.problems
+    ]
+    if not values.get("models", True):
+        problems.append(_at(file, ("models",), "names no model: write `NAME: {name: ID_OR_PATH}` below it, or drop it"))
+    return problems
 
 
-def _explain(location: tuple[int | str, ...], message: str, kind: str) -> str:
+def _explain(error: ErrorDetails, file: YamlFile, in_file: Set[str]) -> Problem:
+    location, message = error["loc"], _worded(error)
     name = str(location[0]) if location else "config"
+    if error["type"] == "extra_forbidden" or name in FILE_ONLY:
+        return _at(file, location, message)
+    return Problem(file.line((name,)) if name in in_file else None, f"{_names(name)}: {message}")
+
+
+def _at(file: YamlFile, location: Location, message: str) -> Problem:
+    return Problem(file.line(location), f"{dotted(location)}: {message}")
+
+
+def _worded(error: ErrorDetails) -> str:
+    """pydantic's message where it says what to do."""
+    location, kind = error["loc"], error["type"]
+    of_model = location[:1] == ("models",)
     if kind == "extra_forbidden":
-        return f"{name}: there is no such setting; known: {', '.join(Settings.model_fields)}"
-    return f"{_names(name)}: {message.removeprefix('Value error, ')}"
+        known = ModelEntry.model_fields if of_model else Settings.model_fields
+        near = difflib.get_close_matches(str(location[-1]).replace("-", "_"), known, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return f"there is no such setting{meant}; known: {', '.join(known)}"
+    if of_model and (told := _IN_MODELS.get(kind)):
+        return told
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+
+
+def _told(path: str, problems: Sequence[Problem]) -> str:
+    """One a line, in the order of the file."""
+    lines = [
+        each.message if each.line is None else f"{path}, line {each.line}: {each.message}"
+        for each in sorted(problems, key=lambda each: each.line or 0)
+    ]
+    return "\n".join(lines if len(lines) <= _MAX_PROBLEMS else [*lines[:_MAX_PROBLEMS], "and more"])
 
 
 def _names(field: str) -> str:

@@ -20,11 +20,11 @@ from typing import NoReturn
 
 import tiktoken
 
-from mlx_embeddings_backends import checkpoints
 from mlx_embeddings_backends.checkpoints import Checkpoint
 from mlx_embeddings_backends.errors import ModelError
 from mlx_embeddings_server.logs import configure_logging
 from mlx_embeddings_server.main import argument_parser
+from mlx_embeddings_server.registry import model_specs
 from mlx_embeddings_server.settings import Settings, SettingsError, load_settings
 
 _NAME = "preload_model.py"
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     flags = vars(argument_parser(_NAME, "Download what the server needs with these settings.").parse_args(arguments))
     try:
         settings = load_settings({name: value for name, value in flags.items() if value is not None})
-        if not settings.model:
-            print("no model was named (--model, or MLX_EMBEDDINGS_MODEL): nothing to download")
+        if not settings.model and not settings.models:
+            print("no model was named (--model, MLX_EMBEDDINGS_MODEL, or the file's models): nothing to download")
             return
         is_offline = _preload(settings)
     except (SettingsError, ModelError) as error:
@@ -57,21 +57,17 @@ def _preload(settings: Settings) -> bool:
     """Download; offline, check and list. Returns whether it is offline. Raises `ModelError` or `SettingsError`."""
     from huggingface_hub import constants, is_offline_mode
 
+    from mlx_embeddings_server.metrics import Metrics
+    from mlx_embeddings_server.models import Models
+    from mlx_embeddings_server.served_model import Found
+
     configure_logging(settings.log_format)
     with nullcontext() if sys.stderr.isatty() else progress(Path(constants.HF_HUB_CACHE)):
         if settings.token_encoding != "native":
             _fetch_vocabulary(settings.token_encoding)
-        found = [
-            checkpoints.find(
-                model, revision=settings.revision, pretrained=settings.pretrained, adapters=settings.adapter
-            )
-            for model in settings.model
-        ]
+        found = [Found.of(spec).checkpoint for spec in model_specs(settings)]
     if not is_offline_mode():
         return False
-    from mlx_embeddings_server.metrics import Metrics
-    from mlx_embeddings_server.models import Models
-
     Models(settings, Metrics())  # what the server looks at before it loads
     for checkpoint in found:
         _list(checkpoint)

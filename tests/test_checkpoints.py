@@ -7,7 +7,7 @@ from mlx_embeddings_backends import checkpoints, hub
 from mlx_embeddings_backends.errors import ModelError
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.models import Models
-from mlx_embeddings_server.settings import load_settings
+from mlx_embeddings_server.settings import SettingsError, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_an_architecture_without_weights_is_told_how_to_name_them() -> None:
 
 @pytest.mark.parametrize("flag", [{"pretrained": "openai"}, {"adapter": ["a=b"]}])
 def test_weights_and_adapters_belong_to_one_model(flag: dict[str, object]) -> None:
-    with pytest.raises(ModelError, match="belong to one model"):
+    with pytest.raises(SettingsError, match="belong to one model"):
         Models(load_settings({"model": ["one", "two"], **flag}), Metrics())
 
 

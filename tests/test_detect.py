@@ -66,7 +66,7 @@ def test_the_transformer_may_lie_in_a_folder_of_its_own(tmp_path: Path) -> None:
         ({"model_type": "new", "auto_map": {"AutoModel": "modeling.New"}}, ["'new'", "brings its own code", "Known:"]),
         (
             {"model_type": "bert", "architectures": ["BertForSequenceClassification"]},
-            ["BertForSequenceClassification", "no embeddings"],
+            ["BertForSequenceClassification has 2 labels", "a classifier"],
         ),
         ("{", ["config.json is not JSON"]),
     ],

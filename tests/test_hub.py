@@ -243,6 +243,11 @@ CONFIG = blank("config.json", "tokenizer.json")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 SUB = modules(**{"0_Transformer": "Transformer"}) | blank("0_Transformer/config.json", "0_Transformer/vocab.txt")
 DENSE = TINY | modules(**ST, **{"3_Dense": "Dense"}) | blank("3_Dense/config.json")
+ROUTED = {"query": "models.SparseStaticEmbedding", "document": "models.MLMTransformer", "pool": "models.SpladePooling"}
+ROUTER = modules(root="Router") | {
+    "router_config.json": json.dumps({"types": ROUTED}).encode(),
+    **blank("document/config.json", "document/model.safetensors", "document/vocab.txt", "pool/config.json"),
+}
 COMPLETE = {
     "single": CONFIG | blank("model.safetensors"),
     "shards": CONFIG | index(*SHARDS) | blank(*SHARDS),
@@ -251,6 +256,8 @@ COMPLETE = {
     "dense": DENSE | blank("3_Dense/model.safetensors"),
     "sub": SUB | blank("0_Transformer/model.safetensors"),
     "static": modules(root="StaticEmbedding") | blank("tokenizer.json", "model.safetensors"),
+    "sparse": ROUTER | blank("query/tokenizer.json", "query/model.safetensors"),
+    "sparse-json": ROUTER | blank("query/tokenizer.json", "query/idf.json"),
     "open-clip": blank("open_clip_config.json", "open_clip_model.safetensors"),
     "adapter": blank("adapter_config.json", "pytorch_adapter.bin"),
 }
@@ -265,6 +272,9 @@ INCOMPLETE = {
     "st-broken": TINY | {"modules.json": b"[{"},
     "st-outside": CONFIG | modules(**{f"../../../models--acme--single/snapshots/{COMMIT}": "Transformer"}),
     "dense-no-weights": DENSE,
+    "router-no-weights": ROUTER | blank("query/tokenizer.json", "query/config.json"),
+    "router-empty": ROUTER | {"router_config.json": b"[]"},
+    "router-itself": ROUTER | {"router_config.json": b'{"types": {"": "models.Router"}}'},
     "sub-no-weights": SUB | CONFIG | blank("model.safetensors"),
 }
 
@@ -396,6 +406,10 @@ def test_only_what_serving_takes_is_needed() -> None:
     assert needed(["../config.json", "/config.json", "a/../../b.json", "a\\..\\b.json"]) == []
     mixed = ["pytorch_model.bin", "2_Dense/pytorch_model.bin", "2_Dense/model.safetensors", "vocab.bpe"]
     assert needed(mixed) == ["2_Dense/model.safetensors", "pytorch_model.bin", "vocab.bpe"]
+    sparse = ["document_0_MLMTransformer/model.safetensors", "idf.json", "modules.json"]
+    sparse += ["query_0_SparseStaticEmbedding/idf.json", "query_0_SparseStaticEmbedding/model.safetensors"]
+    sparse += ["query_0_SparseStaticEmbedding/tokenizer.json", "query_token_weights.txt", "router_config.json"]
+    assert needed([*sparse, "onnx/model.onnx"]) == sorted(sparse)
     laion = ["config.json", "model.safetensors", "pytorch_model.bin", "open_clip_config.json", "merges.txt"]
     laion += ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     assert needed(laion) == ["config.json", "merges.txt", "open_clip_config.json", "open_clip_model.safetensors"]

@@ -171,14 +171,18 @@ def test_a_download_that_breaks_off_is_an_error_and_the_next_one_goes_on(machine
 
 
 def test_what_could_not_be_served_is_an_error_of_the_preload(machine: Machine, hub: Hub) -> None:
-    reranker = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
-    hub.files["acme/reranker"] = {
+    classifier = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+    hub.files["acme/classifier"] = {
         **{name: SMALL[name] for name in ("model.safetensors", "tokenizer.json")},
-        "config.json": json.dumps(reranker).encode(),
+        "config.json": json.dumps(classifier).encode(),
     }
     cases: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         (("--model", "acme/nothing"), {"hub": hub}, "has no model 'acme/nothing', or it is private"),
-        (("--model", "acme/reranker"), {"hub": hub}, "BertForSequenceClassification scores pairs of texts"),
+        (
+            ("--model", "acme/classifier"),
+            {"hub": hub},
+            "BertForSequenceClassification has 2 labels, it is a classifier",
+        ),
         (("--model", "acme/elsewhere"), {}, "the Hugging Face Hub cannot be reached"),
         (("--model", MINILM, "--adapter", "nonsense"), {}, "must be NAME=ID_OR_PATH"),
         (

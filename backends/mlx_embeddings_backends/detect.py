@@ -3,20 +3,27 @@
 import importlib
 import importlib.util
 import platform
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from mlx_embeddings_backends import adapterhub
-from mlx_embeddings_backends.base import Backend, LoadOptions
+from mlx_embeddings_backends.base import Backend, Kind, LoadOptions
 from mlx_embeddings_backends.errors import MissingDependency, UnsupportedModel
-from mlx_embeddings_backends.files import read_json, read_object
+from mlx_embeddings_backends.files import read_json, read_object, read_optional_object
+from mlx_embeddings_backends.hub import BGE_M3_HEADS
 
 BackendName = Literal["torch", "mlx"]
 
+_DEVICES: dict[BackendName, str] = {"torch": "torch.devices", "mlx": "mlx.device"}
+
 SENTENCE_TRANSFORMER = "mlx_embeddings_backends.torch.sentence_transformer:SentenceTransformerBackend"
 MLX_TEXT_ENCODER = "mlx_embeddings_backends.mlx.text_encoder:MlxTextEncoder"
+CROSS_ENCODER = "mlx_embeddings_backends.torch.cross_encoder:CrossEncoderBackend"
+SPARSE_ENCODER = "mlx_embeddings_backends.torch.sparse_encoder:SparseEncoderBackend"
 
 # Text encoders by the `model_type` of their config.json, each held to sentence-transformers' own vectors by a test.
 TEXT_ENCODERS = (
@@ -25,18 +32,33 @@ TEXT_ENCODERS = (
     "xlm-roberta",
 )  # fmt: skip
 MLX_TEXT_ENCODERS = ("bert", "modernbert", "qwen3", "xlm-roberta")
+BGE_M3 = "bge_m3"
 COLQWEN = "colqwen2_5"
+# Rerankers, likewise: `*ForSequenceClassification` with one label.
+CROSS_ENCODERS = (
+    "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta",
+)  # fmt: skip
+_SCORES = "ForSequenceClassification"
+# Masked language models of sparse encoders, likewise.
+SPARSE_ENCODERS = (
+    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "ernie", "modernbert", "mpnet", "roberta",
+    "xlm-roberta",
+)  # fmt: skip
 
 VERIFIED: dict[BackendName, dict[str, str]] = {
     "torch": dict.fromkeys(TEXT_ENCODERS, SENTENCE_TRANSFORMER)
     | {
+        BGE_M3: "mlx_embeddings_backends.torch.bge_m3:BgeM3Backend",
         COLQWEN: "mlx_embeddings_backends.torch.colqwen2_5:TorchColQwen2_5",
         "clip": "mlx_embeddings_backends.torch.clip:TransformersClip",
+        "cross_encoder": CROSS_ENCODER,
         "open_clip": "mlx_embeddings_backends.torch.open_clip:OpenClip",
         "siglip": "mlx_embeddings_backends.torch.clip:TransformersClip",
+        "sparse_encoder": SPARSE_ENCODER,
     },
     "mlx": dict.fromkeys(MLX_TEXT_ENCODERS, MLX_TEXT_ENCODER)
     | {
+        BGE_M3: MLX_TEXT_ENCODER,
         COLQWEN: "mlx_embeddings_backends.mlx.colqwen2_5:MlxColQwen2_5",
         "siglip": "mlx_embeddings_backends.mlx.siglip:MlxSiglip",
     },
@@ -47,6 +69,11 @@ UNVERIFIED_MLX = dict.fromkeys(("gemma3_text", "lfm2"), MLX_TEXT_ENCODER)
 # Modules of modules.json, by class name. sentence-transformers imports whatever class a local folder names, its own
 # .py files too: nothing outside this list and that package gets so far.
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "WeightedLayerPooling")
+SPARSE_MODULES = ("Transformer", "MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "Router")
+
+
+# The libraries import their parts when these are first used, in circles: two threads at once find halves of modules.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +84,7 @@ class Choice:
     backend: BackendName
     reason: str
     verified: bool = True  # a test holds the architecture on this backend to the reference implementation
+    architecture: str = ""  # of VERIFIED, or one that is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +123,20 @@ def choose(
     base: Path | None = None,
     has_adapters: bool = False,
     allow_unverified: bool = False,
+    kind: Kind | None = None,
 ) -> Choice:
     """Read the checkpoint's files. Raises `UnsupportedModel` with what is known, and what was found.
 
     `base` is the folder of what a LoRA adapter in `folder` was made for. `has_adapters`: it is to be run with
-    AdapterHub adapters. MLX is chosen by itself on Apple silicon, for what is verified there.
+    AdapterHub adapters. `kind` is what the user calls the model, where its files leave that open. MLX is chosen by
+    itself on Apple silicon, for what is verified there.
     """
     architecture = _adapted(base) if base is not None else _architecture(folder)
+    if architecture == "xlm-roberta" and any((folder / name).exists() for name in BGE_M3_HEADS):
+        architecture = BGE_M3
+    elif kind == "sparse-embeddings" and not architecture.endswith("sparse_encoder"):
+        architecture = _bare_sparse_encoder(folder, architecture)
+    _check_kind(kind, architecture)
     if has_adapters and architecture not in adapterhub.ARCHITECTURES:
         known = ", ".join(adapterhub.ARCHITECTURES)
         raise UnsupportedModel(f"--adapter is for models of the architecture {known}, not {architecture!r}")
@@ -109,15 +144,33 @@ def choose(
         name, reason = _choose_backend(architecture, [folder] if base is None else [folder, base])
     else:
         name, reason = cast(BackendName, backend), "asked for"
+        if (name, architecture) == ("mlx", BGE_M3):
+            reason += ", with its dense vectors only"
     if target := VERIFIED[name].get(architecture):
-        return Choice(target, name, reason)
-    unverified = UNVERIFIED_MLX.get(architecture) if name == "mlx" else SENTENCE_TRANSFORMER
+        return Choice(target, name, reason, architecture=architecture)
+    if name == "mlx":
+        unverified = UNVERIFIED_MLX.get(architecture)
+    else:
+        kinds = {"cross_encoder": CROSS_ENCODER, "sparse_encoder": SPARSE_ENCODER}
+        unverified = kinds.get(architecture.rpartition(" ")[2], SENTENCE_TRANSFORMER)
     if unverified is not None and allow_unverified:
-        return Choice(unverified, name, reason, verified=False)
+        return Choice(unverified, name, reason, verified=False, architecture=architecture)
     raise UnsupportedModel(_refusal(architecture, name, has_unverified=unverified is not None))
 
 
+def _check_kind(kind: Kind | None, architecture: str) -> None:
+    """Whether the model is what the user calls it. Any model of dense or multi-vectors can rerank."""
+    for suffix, what, right in (
+        ("cross_encoder", "a reranker", "rerank"),
+        ("sparse_encoder", "a sparse encoder", "sparse-embeddings"),
+    ):
+        if kind not in (None, right) and architecture.endswith(suffix):
+            raise UnsupportedModel(f"this is {what}: its `type` is {right}, not {kind}")
+
+
 def _choose_backend(architecture: str, folders: Sequence[Path]) -> tuple[BackendName, str]:
+    if architecture == BGE_M3:
+        return "torch", "of BGE-M3 the MLX backend has dense vectors only"
     if architecture not in VERIFIED["mlx"]:
         return "torch", f"the MLX backend has no {architecture!r}"
     if architecture not in VERIFIED["torch"]:
@@ -145,15 +198,24 @@ def _refusal(architecture: str, backend: BackendName, *, has_unverified: bool) -
 
 
 def load(choice: Choice, folder: Path, options: LoadOptions) -> Backend:
-    """Import the chosen class and load the checkpoint with it."""
+    """Import the chosen class and load the checkpoint with it: one after another, from whatever threads."""
     module_name, _, class_name = choice.target.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise MissingDependency(
-            f"the {choice.backend} backend needs the package {error.name!r}: `uv sync` or `pip install {error.name}`"
-        ) from error
-    return cast(Backend, getattr(module, class_name)(folder, options))
+    with _LOADING:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            remedy = f"`uv sync` or `pip install {error.name}`"
+            raise MissingDependency(
+                f"the {choice.backend} backend needs the package {error.name!r}: {remedy}"
+            ) from error
+        return cast(Backend, getattr(module, class_name)(folder, options))
+
+
+def free_memory(backend: BackendName) -> None:
+    """Once a model is gone: give back what its library keeps of the device's memory."""
+    module = sys.modules.get(f"mlx_embeddings_backends.{_DEVICES[backend]}")
+    if module is not None:  # else nothing was loaded by it
+        module.free_memory()
 
 
 def _architecture(folder: Path) -> str:
@@ -163,11 +225,27 @@ def _architecture(folder: Path) -> str:
     modules = read_json(folder / "modules.json")
     if not isinstance(modules, list) or not modules or not all(isinstance(module, dict) for module in modules):
         raise UnsupportedModel("modules.json is not a list of modules")
+    if read_optional_object(folder / "config_sentence_transformers.json").get("model_type") == "SparseEncoder":
+        return _sparse_encoder(folder, modules)
     for module in modules:
         _check_module(folder, module)
     if _class_name(modules[0]) != "Transformer":
         raise UnsupportedModel("the first module of modules.json must be a Transformer")
-    return _of_config(_inside(folder, modules[0]) / "config.json")
+    architecture = _of_config(_inside(folder, modules[0]) / "config.json")
+    _check_scores(folder, [_class_name(module) for module in modules], architecture)
+    return architecture
+
+
+def _check_scores(folder: Path, modules: Sequence[str], architecture: str) -> None:
+    """A cross-encoder may be any model with modules behind it that make scores: one that is both in one is known."""
+    saved = read_optional_object(folder / "config_sentence_transformers.json").get("model_type")
+    if architecture.endswith("cross_encoder") and len(modules) > 1:
+        raise UnsupportedModel(f"config.json is of a *{_SCORES}, and modules.json puts {modules[1]} behind it")
+    if saved == "CrossEncoder" and not architecture.endswith("cross_encoder"):
+        raise UnsupportedModel(
+            f"this CrossEncoder is made of {', '.join(modules)}: of rerankers, only those that are a *{_SCORES} are "
+            "known"
+        )
 
 
 def _adapted(base: Path) -> str:
@@ -178,10 +256,50 @@ def _adapted(base: Path) -> str:
     return COLQWEN
 
 
-def _check_module(folder: Path, module: dict[str, Any]) -> None:
+def _sparse_encoder(folder: Path, modules: Sequence[dict[str, Any]]) -> str:
+    """Of a SparseEncoder's modules, and of those that a Router among them names in a file of its own."""
+    routed = []
+    for module in modules:
+        _check_module(folder, module, SPARSE_MODULES)
+        if _class_name(module) == "Router":
+            routed += _routed(_inside(folder, module), str(module.get("path", "")))
+    for module in routed:
+        _check_module(folder, module, SPARSE_MODULES[:-1])
+    folders = [_inside(folder, each) for each in (*modules, *routed) if _class_name(each).endswith("Transformer")]
+    types = [_of_config(each / "config.json") for each in folders]
+    return next((f"{each} sparse_encoder" for each in types if each not in SPARSE_ENCODERS), "sparse_encoder")
+
+
+def _routed(router: Path, path: str) -> list[dict[str, Any]]:
+    """As modules.json would list them: `path` is that of the Router itself."""
+    config = read_optional_object(router / "router_config.json") or read_object(router / "config.json")
+    types, structure = config.get("types"), config.get("structure")
+    if not isinstance(types, dict) or not isinstance(structure, dict) or not isinstance(config.get("parameters"), dict):
+        raise UnsupportedModel("the Router's router_config.json does not say what its routes are made of")
+    return [{"type": kind, "path": f"{path}/{name}" if path else name} for name, kind in types.items()]
+
+
+def _bare_sparse_encoder(folder: Path, architecture: str) -> str:
+    """A masked language model is one, with SPLADE's pooling, where the user says so."""
+    has_modules = (folder / "modules.json").exists()
+    listed = None if has_modules else read_optional_object(folder / "config.json").get("architectures")
+    if not isinstance(listed, list) or not any(str(name).endswith("ForMaskedLM") for name in listed):
+        raise UnsupportedModel(
+            "this model gives no sparse embeddings: only a SparseEncoder of sentence-transformers does, and what "
+            "config.json calls a *ForMaskedLM"
+        )
+    return "sparse_encoder" if architecture in SPARSE_ENCODERS else f"{architecture} sparse_encoder"
+
+
+def _check_module(folder: Path, module: dict[str, Any], known: Sequence[str] = MODULES) -> None:
     kind = str(module.get("type", ""))
-    if not kind.startswith("sentence_transformers.") or _class_name(module) not in MODULES:
-        raise UnsupportedModel(f"modules.json names {kind!r}; known modules: {', '.join(MODULES)}")
+    if _class_name(module) == "LogitScore":
+        raise UnsupportedModel(
+            "this reranker asks a language model for a yes or a no (LogitScore in modules.json): only those that are "
+            f"a *{_SCORES} are known"
+        )
+    if not kind.startswith("sentence_transformers.") or _class_name(module) not in known:
+        raise UnsupportedModel(f"modules.json names {kind!r}; known modules: {', '.join(known)}")
     if _class_name(module) == "Dense":
         activation = read_object(_inside(folder, module) / "config.json").get("activation_function", "torch.nn.Tanh")
         # sentence-transformers would put Tanh in its place: other vectors, without an error.
@@ -205,10 +323,11 @@ def _of_config(config_file: Path) -> str:
     config = read_object(config_file)
     model_type, listed = config.get("model_type"), config.get("architectures")
     architectures = [str(name) for name in listed] if isinstance(listed, list) else []
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise UnsupportedModel(
-            f"{architectures[0]} scores pairs of texts (a reranker or classifier): it has no embeddings"
-        )
+    scores = next((name for name in architectures if name.endswith(_SCORES)), None)
+    if scores is not None:
+        _check_one_label(config, scores)
+        if model_type in CROSS_ENCODERS:
+            return "cross_encoder"
     inner = config.get("vlm_config")
     if isinstance(inner, dict) and inner.get("model_type") == "qwen2_5_vl":
         return COLQWEN  # transformers' layout, model_type colqwen2 or colqwen2_5
@@ -219,4 +338,13 @@ def _of_config(config_file: Path) -> str:
         raise UnsupportedModel(
             f"{model_type!r} brings its own code, which this server never runs. Known: {', '.join(known)}"
         )
-    return str(model_type)
+    return str(model_type) if scores is None else f"{model_type} cross_encoder"
+
+
+def _check_one_label(config: dict[str, Any], name: str) -> None:
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # as transformers counts them
+    if count != 1:
+        raise UnsupportedModel(f"{name} has {count} labels, it is a classifier: a reranker gives a pair one score")
+    if config.get("quantization_config"):
+        raise UnsupportedModel("the weights are quantised, by quantization_config in config.json: use the original")

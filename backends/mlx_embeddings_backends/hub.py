@@ -48,6 +48,9 @@ PACKAGED = {
     )
 }
 
+# Pickles beside the weights that make a BGE-M3 of an XLM-R. They have no other form.
+BGE_M3_HEADS = ("colbert_linear.pt", "sparse_linear.pt")
+
 # What is fetched: configuration, tokenizers, safetensors, and pickled weights for want of those. No code.
 _TEXT = re.compile(r".*\.(json|txt|model|jinja|vocab|bpe|spm|tiktoken|codes)", re.IGNORECASE)
 _PICKLE = re.compile(r"(?!openvino).*(model|adapter).*\.bin", re.IGNORECASE)
@@ -111,6 +114,7 @@ def needed(files: Iterable[str]) -> list[str]:
         for name in kept
         if name.suffix == ".safetensors"
         or _TEXT.fullmatch(name.name)
+        or str(name) in BGE_M3_HEADS
         or (_PICKLE.fullmatch(name.name) and name.parent not in with_safetensors)
     )
 
@@ -219,7 +223,15 @@ def _loadable_module(folder: Path, module: Any) -> bool:
             return True  # has nothing to save, and git keeps no empty folder
         case "Transformer" | "MLMTransformer" | "CLIPModel":
             return _loadable_checkpoint(folder)
-        case "StaticEmbedding":
+        case "Router":
+            config = _read_json(folder / "router_config.json")
+            types = config.get("types") if isinstance(config, dict) else None
+            routed = [{"path": path, "type": kind} for path, kind in types.items()] if isinstance(types, dict) else []
+            none_is_router = not any(str(each["type"]).endswith("Router") for each in routed)
+            return bool(routed) and none_is_router and all(_loadable_module(folder, each) for each in routed)
+        case "SparseStaticEmbedding" if (folder / "idf.json").is_file():
+            return (folder / "tokenizer.json").is_file()
+        case "StaticEmbedding" | "SparseStaticEmbedding":
             return _has_weights(folder) and (folder / "tokenizer.json").is_file()
         case "Dense" | "LayerNorm" | "CNN" | "LSTM" | "WeightedLayerPooling" | "WordEmbeddings" | "SparseAutoEncoder":
             return _has_weights(folder) and has_config

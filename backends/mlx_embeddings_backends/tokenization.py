@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from mlx_embeddings_backends.base import Item, Prepared, Truncate
+from mlx_embeddings_backends.base import Item, Pair, Prepared, Truncate
 from mlx_embeddings_backends.errors import EmptyInput, InputTooLong, InvalidTokenId
 
 
@@ -74,7 +74,7 @@ class TextTokenizer:
     ) -> Iterator[tuple[str | None, Sequence[int]]]:
         """Each item's text, if it has one, and its ids. A few at a time: a token takes 400 bytes until it is an id."""
         rooms = iter([self.max_tokens - each for each in reserved])
-        for chunk in _chunks(items):
+        for chunk in chunks(items):
             texts = [self._beginning_or_end(item, truncate) for item in chunk]
             # The fast variant leaves out the offsets, which only cutting needs.
             encodings = iter(self._tokenizer.encode_batch_fast([text for text in texts if text is not None]))
@@ -175,11 +175,13 @@ def pad(
     return ids, mask
 
 
-def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
     """The items in runs of some 250,000 characters."""
     start, characters = 0, 0
     for end, item in enumerate(items, 1):
-        characters += len(item.prompt) + len(cast(str | tuple[int, ...], item.content))
+        content = item.content
+        own = len(content.query) + len(content.document) if isinstance(content, Pair) else len(cast(str, content))
+        characters += len(item.prompt) + own
         if characters >= 250_000 or end == len(items):
             yield items[start:end]
             start, characters = end, 0

@@ -8,6 +8,7 @@ from typing import cast
 
 from mlx_embeddings_backends.base import Backend, ModelInfo, Prepared, Row
 from mlx_embeddings_server.engine.queue import Queue, QueueFull, Ticket
+from mlx_embeddings_server.engine.turns import DeviceTurns
 from mlx_embeddings_server.engine.worker import BatchStats, State, Worker, WorkerLost
 
 # Seconds between two looks whether there is room again for the rest of a request.
@@ -65,7 +66,7 @@ class Engine:
     """One model, its queue and its worker.
 
     `queue_tokens` bounds the tokens that wait; `batch_tokens` the padded tokens of a batch (None: the backend knows).
-    `observe` is called from the worker's thread after each batch.
+    `observe` is called from the worker's thread after each batch. `turns` are shared with the other models' workers.
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class Engine:
         queue_tokens: int,
         batch_tokens: int | None = None,
         observe: Callable[[BatchStats], None] = lambda stats: None,
+        turns: DeviceTurns | None = None,
     ) -> None:
         self._batch_tokens = batch_tokens
         self.queue = Queue(queue_tokens, batch_tokens or 1)
-        self._worker = Worker(name, load, self.queue, observe)
+        self._worker = Worker(name, load, self.queue, observe, turns or DeviceTurns())
         self._info: ModelInfo | None = None
 
     def load(self) -> ModelInfo:
@@ -134,6 +136,11 @@ class Engine:
         with self.request(len(prepared)) as request:
             request.admit(prepared, range(len(prepared)))
             return await request.result()
+
+    def unload(self) -> None:
+        """End the worker and drop the model. Blocks until then; nothing may be waiting."""
+        self.stop()
+        self._worker.join()
 
     def stop(self) -> None:
         """Fail every request that is not answered yet; the worker ends after the batch that runs."""

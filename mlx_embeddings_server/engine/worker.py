@@ -13,6 +13,7 @@ from mlx_embeddings_backends.base import Backend, Row, Rows, SparseVector
 from mlx_embeddings_backends.errors import DeviceLost, ModelError
 from mlx_embeddings_server.engine.handover import Handover
 from mlx_embeddings_server.engine.queue import Job, Queue, Ticket
+from mlx_embeddings_server.engine.turns import DeviceTurns
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class _Ahead:
 
 
 class Worker:
-    """Owns the backend. `observe` is called from the worker's thread after each batch."""
+    """Owns the backend, and runs a batch when `turns` lets its device. `observe` is called after each batch, from the
+    worker's thread."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class Worker:
         load: Callable[[], Backend],
         queue: Queue,
         observe: Callable[[BatchStats], None],
+        turns: DeviceTurns,
     ) -> None:
         self.state: State = "starting"
         self.reason: str | None = None
@@ -71,6 +74,7 @@ class Worker:
         self._queue = queue
         self._handover = Handover(queue)
         self._observe = observe
+        self._turns = turns
         self._ahead: _Ahead | None = None
         self._collating: list[Job] = []
         self._running: list[Job] = []
@@ -106,12 +110,12 @@ class Worker:
             self._queue.filled.notify_all()
         self._fail_everything(WorkerLost("the server is shutting down"))
 
-    def join(self, timeout: float) -> bool:
-        """Wait for the threads' end after `stop`. False: the batch that runs takes longer."""
-        deadline = time.monotonic() + timeout
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the threads' end after `stop`, so many seconds at most. False: the batch that runs takes longer."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(max(0.0, deadline - time.monotonic()))
+                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     # The worker's thread
@@ -134,7 +138,8 @@ class Worker:
 
     def _load_and_warm(self) -> None:
         backend = self._load()
-        backend.warm_up()
+        with self._turns.of(backend.info.device).turn():
+            backend.warm_up()
         self.backend = backend
         self._failed_in_a_row = 0
         self.state, self.reason = "ready", None
@@ -163,10 +168,15 @@ class Worker:
     def _serve(self) -> None:
         backend = self.backend
         assert backend is not None
-        while (batch := self._next()) is not None:
-            started = time.perf_counter()
-            done = self._run(backend, batch.jobs, batch.collated)
-            seconds = time.perf_counter() - started
+        turns = self._turns.of(backend.info.device)
+        while self._wait_for_work():
+            with turns.turn():
+                batch = self._next()  # only now: what comes while another worker runs joins it
+                if batch is None:
+                    continue
+                started = time.perf_counter()
+                done = self._run(backend, batch.jobs, batch.collated)
+                seconds = time.perf_counter() - started
             self._running = []
             self._record(batch.jobs, seconds)
             self._handover.settle(done)
@@ -178,18 +188,23 @@ class Worker:
         with self._queue.lock:
             return self._ahead is not None or bool(self._collating) or self._queue.has_full_batch()
 
+    def _wait_for_work(self) -> bool:
+        """Block while there is no batch to run. False: stop."""
+        with self._queue.lock:
+            while not self._stopping and self._ahead is None and (self._collating or not self._queue.waiting):
+                self._queue.arrived.wait()
+            return not self._stopping
+
     def _next(self) -> _Ahead | None:
-        """The batch made ready, else one formed now; blocks while nothing waits. None: stop."""
+        """The batch made ready, else one formed now. None: those who asked for it have gone meanwhile, or stop."""
         queue = self._queue
         with queue.lock:
-            while not self._stopping:
-                if self._ahead is not None:
-                    batch, self._ahead = self._ahead, None
-                    break
-                if queue.waiting and not self._collating:
-                    batch = _Ahead(queue.take(), None)
-                    break
-                queue.arrived.wait()
+            if self._stopping:
+                return None
+            if self._ahead is not None:
+                batch, self._ahead = self._ahead, None
+            elif queue.waiting and not self._collating:
+                batch = _Ahead(queue.take(), None)
             else:
                 return None
             self._running = batch.jobs

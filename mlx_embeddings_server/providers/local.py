@@ -27,14 +27,21 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Of one request."""
+
+    tokenize_seconds: float  # preprocessing of images included
+    queue_seconds: float
+    inference_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Vectors:
     """Raw vectors of the items, in their order, and what they took."""
 
     rows: list[Row]  # of each item
     accounts: list[Account]
-    tokenize_seconds: float  # preprocessing of images included
-    queue_seconds: float
-    inference_seconds: float
+    timings: Timings
 
 
 class LocalProvider:
@@ -104,6 +111,11 @@ class LocalProvider:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._imaging, self.engine.backend.prepare, items, truncate)
 
+    def unload(self) -> None:
+        """Close, and wait until the model is gone from memory."""
+        self.close()
+        self.engine.unload()
+
     def close(self) -> None:
         self.engine.stop()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
@@ -125,4 +137,4 @@ def _account(prepared: Prepared) -> Account:
 
 
 def _vectors(result: Outcome, accounts: list[Account], tokenize_seconds: float) -> Vectors:
-    return Vectors(result.rows, accounts, tokenize_seconds, result.queue_seconds, result.inference_seconds)
+    return Vectors(result.rows, accounts, Timings(tokenize_seconds, result.queue_seconds, result.inference_seconds))

@@ -4,14 +4,21 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from mlx_embeddings_backends.base import ModelInfo, Truncate
+from mlx_embeddings_backends.base import ModelInfo
 from mlx_embeddings_server.codec import encode_inputs, vector_list
 from mlx_embeddings_server.errors import InvalidRequest
 from mlx_embeddings_server.inputs.parse import Content, parse_input
 from mlx_embeddings_server.routes.replies import embedding_headers, joined
-from mlx_embeddings_server.routes.requests import KeyedRoute, disconnects_of, read_json, runtime_of
+from mlx_embeddings_server.routes.requests import (
+    KeyedRoute,
+    disconnects_of,
+    json_body_of,
+    read_json,
+    runtime_of,
+    truncate_of,
+)
 from mlx_embeddings_server.schemas.embed import EmbedRequest
-from mlx_embeddings_server.service import EmbedOptions
+from mlx_embeddings_server.service import Embeddings, EmbedOptions
 
 router = APIRouter(tags=["OpenCLIP service, TEI"], route_class=KeyedRoute)
 
@@ -22,9 +29,7 @@ _FIELDS = ("texts", "images", "inputs")
 @router.post("/", include_in_schema=False)
 @router.post(
     "/embed",
-    openapi_extra={
-        "requestBody": {"required": True, "content": {"application/json": {"schema": EmbedRequest.model_json_schema()}}}
-    },
+    openapi_extra=json_body_of(EmbedRequest),
 )
 async def embed(request: Request) -> Response:
     """`{"texts"}` or `{"images"}` -> `{"embeddings": [...]}`; `{"inputs"}` -> the bare array of vectors.
@@ -35,11 +40,15 @@ async def embed(request: Request) -> Response:
     runtime = runtime_of(request)
     model = runtime.models.get(body.model) if body.model is not None else next(iter(runtime.models))
     field = _field(body)
-    contents = _contents(field, getattr(body, field), model.info, runtime.settings.max_request_inputs)
-    work = runtime.service.embed(model, contents, _options(body), field=field)
-    result = await disconnects_of(request).until_gone(request, work)
+
+    async def work() -> Embeddings:
+        async with model:
+            contents = _contents(field, getattr(body, field), model.info, runtime.settings.max_request_inputs)
+            return await runtime.service.embed(model, contents, _options(body), field=field)
+
+    result = await disconnects_of(request).until_gone(request, work())
     before, after = (b"[", b"]") if field == "inputs" else (b'{"embeddings":[', b"]}")
-    content = await joined(vector_list(encode_inputs(result.rows, result.lengths, "float"), before, after))
+    content = await joined(vector_list(encode_inputs(result.table.rows, result.table.lengths, "float"), before, after))
     headers = embedding_headers(result, runtime.service.dimensions_policy)
     return Response(content, media_type="application/json", headers=headers)
 
@@ -64,17 +73,9 @@ def _contents(field: str, value: Any, info: ModelInfo, max_inputs: int) -> list[
 
 
 def _options(body: EmbedRequest) -> EmbedOptions:
-    truncate: Truncate
-    match body.truncate:
-        case str():
-            truncate = body.truncate
-        case False:
-            truncate = "none"
-        case _:
-            truncate = "start" if (body.truncation_direction or "").lower() == "left" else "end"
     return EmbedOptions(
         prompt_name=body.prompt_name,
-        truncate=truncate,
+        truncate=truncate_of(True if body.truncate is None else body.truncate, body.truncation_direction),
         dimensions=body.dimensions,
         normalize=body.normalize is not False,
     )

@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 
 from mlx_embeddings_server import __version__
 from mlx_embeddings_server.routes.requests import runtime_of
+from mlx_embeddings_server.served_model import ServedModel
 
 router = APIRouter(tags=["Service"])
 
@@ -40,18 +41,20 @@ async def health(request: Request) -> JSONResponse:
         "version": __version__,
         "uptime_seconds": round(runtime.uptime_seconds, 1),
         "requests_in_flight": runtime.in_flight - 1,  # this one aside
-        "models": [
-            {
-                "id": model.name,
-                "state": model.engine.state,
-                "reason": model.engine.reason,
-                "restarts": model.engine.restarts,
-                "queue": {"items": len(model.engine.queue.waiting), "tokens": model.engine.queue.tokens},
-            }
-            for model in runtime.models
-        ],
+        "models": list(map(_state, runtime.models)),
     }
     return JSONResponse(body, status_code=200 if status == "ok" else 503)
+
+
+def _state(model: ServedModel) -> dict[str, Any]:
+    engine = model.engine
+    return {
+        "id": model.name,
+        "state": model.state,
+        "reason": model.reason,
+        "restarts": engine.restarts if engine else 0,
+        "queue": {"items": len(engine.queue.waiting) if engine else 0, "tokens": engine.queue.tokens if engine else 0},
+    }
 
 
 @router.head("/readyz", include_in_schema=False)
@@ -66,7 +69,7 @@ async def ready(request: Request) -> Response:
 @router.get("/livez")
 async def live(request: Request) -> Response:
     """503 only when a worker is dead and will not come back by itself: the process should be restarted."""
-    dead = [model.name for model in runtime_of(request).models if model.engine.state == "dead"]
+    dead = [model.name for model in runtime_of(request).models if model.spec.pinned and model.state == "dead"]
     return Response("dead" if dead else "ok", status_code=503 if dead else 200, media_type="text/plain")
 
 

@@ -2,97 +2,129 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import reduce
+from operator import or_
 from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from mlx_embeddings_backends.base import PatchGrid, Truncate
-from mlx_embeddings_server.codec import embedding_list, encode_inputs, quantize
+from mlx_embeddings_backends.base import PatchGrid
+from mlx_embeddings_server.codec import embedding_list, encode_inputs, quantize, sparse_value, vector_list
+from mlx_embeddings_server.errors import InvalidRequest
 from mlx_embeddings_server.inputs.parse import parse_input
-from mlx_embeddings_server.models import ServedModel
-from mlx_embeddings_server.routes.replies import embedding_headers, joined
-from mlx_embeddings_server.routes.requests import KeyedRoute, disconnects_of, read_json, runtime_of
+from mlx_embeddings_server.routes.replies import embedding_headers, joined, usage
+from mlx_embeddings_server.routes.requests import (
+    KeyedRoute,
+    disconnects_of,
+    json_body_of,
+    read_json,
+    runtime_of,
+    truncate_of,
+)
 from mlx_embeddings_server.schemas.openai import EmbeddingsRequest
-from mlx_embeddings_server.service import Embeddings, EmbedOptions
+from mlx_embeddings_server.served_model import ServedModel
+from mlx_embeddings_server.service import Embeddings, EmbedOptions, Table
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=KeyedRoute)
 
 _OCTET_STREAM = "application/octet-stream"
+# What each kind of vector is called where a request asks for `outputs`.
+_NAMES = {"dense": "embedding", "multi_vector": "multi_vector", "sparse": "sparse_embedding"}
 
 
-@router.post(
-    "/embeddings",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}},
-        }
-    },
-)
+@router.post("/embeddings", openapi_extra=json_body_of(EmbeddingsRequest))
 async def create_embeddings(request: Request) -> Response:
     """The inputs' vectors, in their order: one each, or with a multi-vector model a list of them each.
 
     With `Accept: application/octet-stream` the reply is the vectors' bytes, their shape in `X-Embeddings-Shape`.
     """
-    body = await read_json(request, EmbeddingsRequest)
+    return await answer(request, await read_json(request, EmbeddingsRequest))
+
+
+async def answer(request: Request, body: EmbeddingsRequest, *, bare: bool = False) -> Response:
+    """`bare`: with the vectors alone, as `embeddings`, in the place of OpenAI's list."""
     runtime = runtime_of(request)
     model = runtime.models.get(body.model)
-    contents = parse_input(
-        body.input,
-        modalities=model.info.modalities,
-        separator=model.info.separator,
-        max_inputs=runtime.settings.max_request_inputs,
-    )
-    work = runtime.service.embed(model, contents, _options(body))
-    result = await disconnects_of(request).until_gone(request, work)
-    rows = quantize(result.rows, body.output_dtype or "float")
+
+    async def work() -> Embeddings:
+        async with model:
+            contents = parse_input(
+                body.input,
+                modalities=model.info.modalities,
+                separator=model.info.separator,
+                max_inputs=runtime.settings.max_request_inputs,
+            )
+            return await runtime.service.embed(model, contents, _options(body))
+
+    result = await disconnects_of(request).until_gone(request, work())
     headers = embedding_headers(result, runtime.service.dimensions_policy)
     if request.headers.get("accept", "").startswith(_OCTET_STREAM):
+        rows = quantize(_only_table(result).rows, body.output_dtype or "float")
         headers |= _describe_bytes(result, rows.shape[1], with_patches="patches" in (body.include or ()))
         return Response(rows.tobytes(), media_type=_OCTET_STREAM, headers=headers)
-    usage: dict[str, Any] = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
-    if result.truncated:
-        usage["truncated_inputs"] = result.truncated
-    values = encode_inputs(rows, result.lengths, body.encoding_format or "float")
+    values = _values(result, body)
     if body.include:
         values = _with_patches(values, result.patches)
-    content = await joined(embedding_list(values, model=model.name, usage=usage))
+    if bare and body.outputs is None:
+        after = b'],"model":' + orjson.dumps(model.name) + b',"usage":' + orjson.dumps(usage(result)) + b"}"
+        content = await joined(vector_list(values, b'{"embeddings":[', after))
+    else:
+        content = await joined(embedding_list(values, model=model.name, usage=usage(result)))
     return Response(content, media_type="application/json", headers=headers)
 
 
 @router.get("/models")
 async def list_models(request: Request) -> JSONResponse:
     """All served models."""
-    models = [_describe(model) for model in runtime_of(request).models]
+    models = [describe(model) for model in runtime_of(request).models]
     return JSONResponse({"object": "list", "data": models})
 
 
 @router.get("/models/{name:path}")
 async def get_model(request: Request, name: str) -> JSONResponse:
     """One served model."""
-    return JSONResponse(_describe(runtime_of(request).models.get(name)))
+    return JSONResponse(describe(runtime_of(request).models.get(name)))
 
 
 def _options(body: EmbeddingsRequest) -> EmbedOptions:
-    truncate: Truncate | None
-    match body.truncate:
-        case bool():
-            truncate = "end" if body.truncate else "none"
-        case _:
-            truncate = body.truncate
     return EmbedOptions(
         input_type=body.input_type,
         prompt=body.prompt,
         prompt_name=body.prompt_name,
         adapter=body.adapter,
-        truncate=truncate,
+        truncate=truncate_of(body.truncate),
         dimensions=body.dimensions,
         normalize=body.normalize,
         pool=body.pool,
         token_pool_factor=body.token_pool_factor,
         with_patches=bool(body.include),
+        outputs=None if body.outputs is None else tuple(body.outputs),
     )
+
+
+def _values(result: Embeddings, body: EmbeddingsRequest) -> Iterator[dict[str, Any]]:
+    """Each input's vectors by the names that they have in the reply."""
+    parts = [
+        encode_inputs(
+            quantize(table.rows, body.output_dtype or "float"),
+            table.lengths,
+            body.encoding_format or "float",
+            "embedding" if body.outputs is None else _NAMES[output],
+        )
+        for output, table in result.tables.items()
+    ]
+    if result.sparse is not None:
+        parts.append({_NAMES["sparse"]: sparse_value(vector)} for vector in result.sparse)
+    return (reduce(or_, of_one) for of_one in zip(*parts, strict=True))
+
+
+def _only_table(result: Embeddings) -> Table:
+    if len(result.tables) != 1 or result.sparse is not None:
+        message = "bytes are of one kind of dense or multi-vector output: ask for JSON, or for one of outputs"
+        raise InvalidRequest(message, param="outputs", code="invalid_value")
+    return result.table
 
 
 def _with_patches(values: Iterable[dict[str, Any]], patches: Sequence[PatchGrid | None]) -> Iterator[dict[str, Any]]:
@@ -103,7 +135,8 @@ def _with_patches(values: Iterable[dict[str, Any]], patches: Sequence[PatchGrid 
 
 def _describe_bytes(result: Embeddings, dimensions: int, *, with_patches: bool) -> dict[str, str]:
     """`inputs,dimensions`; with a multi-vector model `vectors,dimensions` of each input, with semicolons between."""
-    lengths = [len(result.rows)] if result.lengths is None else result.lengths
+    table = result.table
+    lengths = [len(table.rows)] if table.lengths is None else table.lengths
     headers = {
         "X-Embeddings-Shape": ";".join(f"{length},{dimensions}" for length in lengths),
         "X-Embeddings-Prompt-Tokens": str(result.prompt_tokens),
@@ -114,13 +147,22 @@ def _describe_bytes(result: Embeddings, dimensions: int, *, with_patches: bool) 
     return headers
 
 
-def _describe(model: ServedModel) -> dict[str, Any]:
-    info = model.info
-    return {
+def describe(model: ServedModel) -> dict[str, Any]:
+    """What is known of it: before its first load that is little."""
+    info, found = model.known_info, model.found
+    described: dict[str, Any] = {
         "id": model.name,
         "object": "model",
         "created": model.created,
-        "owned_by": model.snapshot.name.partition("/")[0],
+        "owned_by": (found.checkpoint.snapshot.name if found else model.spec.source).partition("/")[0],
+        "aliases": model.spec.aliases,
+        "loaded": model.state == "ready",
+        "state": model.state,
+        "pinned": model.spec.pinned,
+    }
+    if info is None or found is None:
+        return described
+    return described | {
         "backend": info.backend,
         "device": info.device,
         "dtype": info.dtype,
@@ -128,7 +170,8 @@ def _describe(model: ServedModel) -> dict[str, Any]:
         "max_tokens": info.max_tokens,
         "modalities": info.modalities,
         "output": info.output,
+        "outputs": info.outputs,
         "adapters": info.adapters,
-        "verified": model.choice.verified,
-        "loaded": model.engine.state == "ready",
+        "memory_bytes": info.memory_bytes,
+        "verified": found.choice.verified,
     }

@@ -1,9 +1,18 @@
 """What the replies of all routes that embed have in common."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+import orjson
+from fastapi import Response
+
+from mlx_embeddings_server.ranking import Ranking
 from mlx_embeddings_server.service import Embeddings
+
+
+def json_reply(content: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json", headers=headers)
 
 
 async def joined(parts: Iterator[bytes]) -> bytes:
@@ -18,16 +27,26 @@ async def joined(parts: Iterator[bytes]) -> bytes:
 
 
 def embedding_headers(result: Embeddings, dimensions_policy: str) -> dict[str, str]:
+    return account_headers(result) | {"X-Embeddings-Dimensions-Policy": dimensions_policy}
+
+
+def account_headers(result: Embeddings | Ranking) -> dict[str, str]:
     timings = (
-        ("tokenize", result.tokenize_seconds),
-        ("queue", result.queue_seconds),
-        ("inference", result.inference_seconds),
+        ("tokenize", result.timings.tokenize_seconds),
+        ("queue", result.timings.queue_seconds),
+        ("inference", result.timings.inference_seconds),
     )
     headers = {
         "Server-Timing": ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in timings),
         "X-Embeddings-Provider": result.provider,
-        "X-Embeddings-Dimensions-Policy": dimensions_policy,
     }
     if result.truncated:
         headers["X-Embeddings-Truncated"] = ",".join(map(str, result.truncated))
     return headers
+
+
+def usage(result: Embeddings | Ranking) -> dict[str, Any]:
+    counts: dict[str, Any] = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
+    if result.truncated:
+        counts["truncated_inputs"] = result.truncated
+    return counts

@@ -8,6 +8,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
+from mlx_embeddings_backends.base import Truncate
 from mlx_embeddings_server.errors import (
     AuthenticationFailed,
     BodyTooLarge,
@@ -28,6 +29,22 @@ def runtime_of(request: Request) -> Runtime:
 
 def disconnects_of(request: Request) -> DisconnectWatcher:
     return cast(DisconnectWatcher, request.app.state.disconnects)
+
+
+def json_body_of(schema: type[BaseModel]) -> dict[str, Any]:
+    """For the reference at /docs, which cannot see what an endpoint reads."""
+    content = {"application/json": {"schema": schema.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def truncate_of(value: bool | Truncate | None, direction: str | None = None) -> Truncate | None:
+    """A request's `truncate`, where true cuts, at the end unless the `direction` is left."""
+    match value:
+        case True:
+            return "start" if (direction or "").lower() == "left" else "end"
+        case False:
+            return "none"
+    return value
 
 
 class KeyedRoute(APIRoute):
@@ -100,8 +117,12 @@ def _invalid_body(error: ValidationError) -> InvalidRequest:
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object", code="invalid_json")
     param = str(first["loc"][0])
+    name = ".".join(map(str, first["loc"][:2])) if param == "options" else param  # the only one with fields of its own
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"{quoted(name)} is not known here", param=param, code="unknown_parameter")
     if first["type"] == "missing":
         return InvalidRequest(f"{param} is missing", param=param, code="missing_required_parameter")
     # A field of several types has one error for each.
-    reasons = dict.fromkeys(each["msg"] for each in error.errors() if each["loc"][:1] == first["loc"][:1])
-    return InvalidRequest(f"{param}: {', or '.join(reasons)}", param=param, code="invalid_value")
+    depth = 2 if param == "options" else 1
+    reasons = dict.fromkeys(each["msg"] for each in error.errors() if each["loc"][:depth] == first["loc"][:depth])
+    return InvalidRequest(f"{name}: {', or '.join(reasons)}", param=param, code="invalid_value")

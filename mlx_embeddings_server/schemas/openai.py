@@ -65,6 +65,11 @@ class EmbeddingsRequest(BaseModel):
         None,
         description="Multi-vector models: the means of an image's patches, one a row, one a column, or one of all.",
     )
+    outputs: Annotated[list[Literal["dense", "sparse", "multi_vector"]], Field(min_length=1)] | None = Field(
+        None,
+        description="Several kinds of vector of one forward pass, where the model has them (BGE-M3): `embedding`, "
+        "`sparse_embedding` and `multi_vector` in each item of the reply.",
+    )
     include: list[Literal["patches"]] | None = Field(
         None, description="patches: which of an image's vectors are its patches, as rows, columns and offset."
     )

@@ -26,7 +26,7 @@ class ColQwenBackend(Backend):
             folder, options.base, config, max_image_tokens=options.max_image_tokens, resize=resize
         )
 
-    def _describe(self, backend: str, device: str, dtype: DType, batch_tokens: int) -> ModelInfo:
+    def _describe(self, backend: str, device: str, dtype: DType, batch_tokens: int, memory_bytes: int) -> ModelInfo:
         return ModelInfo(
             backend=backend,
             device=device,
@@ -40,6 +40,7 @@ class ColQwenBackend(Backend):
             outputs=("multi_vector",),
             prompts=PROMPTS,
             default_prompt="query",
+            memory_bytes=memory_bytes,
         )
 
     def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:

@@ -19,6 +19,7 @@ from mlx_embeddings_backends.mlx.device import (
     choose_device,
     device_errors,
     fill,
+    memory_bytes,
     read_tensors,
     read_weights,
     use_device,
@@ -46,7 +47,7 @@ class MlxColQwen2_5(ColQwenBackend):
             _merge_adapter(weights, folder)
         self._model = ColQwen(config)
         dtype = fill(self._model, weights, options.dtype, _quantization(whole))
-        self.info = self._describe("mlx", device, dtype, BATCH_TOKENS)
+        self.info = self._describe("mlx", device, dtype, BATCH_TOKENS, memory_bytes(self._model))
 
     def collate(self, batch: Sequence[Prepared]) -> ColQwenBatch:
         return self._processor.collate(batch)

@@ -58,6 +58,11 @@ def use_device(device: str) -> None:
     mx.set_cache_limit(CACHE_LIMIT)
 
 
+def free_memory() -> None:
+    """Give back the buffers that MLX keeps for arrays to come."""
+    mx.clear_cache()
+
+
 def batch_tokens(device: str) -> int:
     return CPU_BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS
 
@@ -160,6 +165,11 @@ def fill(
     except RuntimeError as error:
         raise ModelError(f"the weights cannot be loaded: {error}") from error
     return dtype
+
+
+def memory_bytes(*modules: Module) -> int:
+    """Of their weights, on the device."""
+    return sum(weight.nbytes for module in modules for weight in _parameters(module).values())
 
 
 def _parameters(module: Module) -> dict[str, mx.array]:

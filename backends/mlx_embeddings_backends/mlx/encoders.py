@@ -128,6 +128,10 @@ class Bottleneck:
         mx.eval(self._down, self._down_bias, self._up, self._up_bias)
         self._activation = activation(non_linearity)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in (self._down, self._down_bias, self._up, self._up_bias))
+
     def __call__(self, x: mx.array) -> mx.array:
         hidden = self._activation(mx.addmm(self._down_bias, x, self._down))  # [batch, tokens, bottleneck]
         return mx.addmm(self._up_bias, hidden, self._up)

@@ -21,6 +21,7 @@ from mlx_embeddings_backends.mlx.device import (
     choose_device,
     device_errors,
     fill,
+    memory_bytes,
     read_weights,
     use_device,
 )
@@ -120,6 +121,7 @@ class MlxSiglip(DualEncoder):
             normalize=True,
             batch_tokens=batch_tokens(device),
             modalities=("text", "image"),
+            memory_bytes=memory_bytes(self._model),
         )
 
     def _preprocess(self, image: Image.Image) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, normalizers
 
@@ -29,6 +30,7 @@ from mlx_embeddings_backends.mlx.device import (
     choose_device,
     device_errors,
     fill,
+    memory_bytes,
     read_tensors,
     read_weights,
     use_device,
@@ -69,7 +71,11 @@ class MlxTextEncoder(Backend):
             options.dtype,
             {own_name(name): value for name, value in quantization.items()},
         )
-        self._forward = self._by_adapter(options.adapters, config, DTYPES[dtype])
+        bottlenecks = self._read_adapters(options.adapters, config, DTYPES[dtype])
+        # The encoder's forward pass with each adapter, or that of None where there are none.
+        self._forward: dict[str | None, Callable[[mx.array, mx.array], mx.array]] = {
+            name: partial(cast(Bert, self._encoder), bottlenecks=layers) for name, layers in bottlenecks.items()
+        } or {None: self._encoder}
         if not checkpoint.parts or checkpoint.parts[0].kind != "Pooling":
             raise UnsupportedModel("the MLX backend knows only Pooling behind the transformer: use --backend torch")
         self._pooling = Pooling(checkpoint.parts[0].config)
@@ -98,21 +104,21 @@ class MlxTextEncoder(Backend):
             default_prompt=checkpoint.default_prompt,
             adapters=tuple(options.adapters),
             separator=_separator(checkpoint),
+            memory_bytes=memory_bytes(self._encoder, *(module for module in modules if isinstance(module, Module)))
+            + sum(layer.nbytes for layers in bottlenecks.values() for layer in layers),
         )
 
-    def _by_adapter(
+    def _read_adapters(
         self, folders: Mapping[str, Path], config: Mapping[str, Any], dtype: mx.Dtype
-    ) -> dict[str | None, Callable[[mx.array, mx.array], mx.array]]:
-        """The encoder's forward pass with each adapter, or that of None where there are none."""
+    ) -> dict[str, list[Bottleneck]]:
+        """By name, what each adapter adds behind each layer."""
         if not folders:
-            return {None: self._encoder}
+            return {}
         if not isinstance(self._encoder, Bert):
             raise UnsupportedModel(f"adapters are known for BERT only, not for {config.get('model_type')!r}")
         adapters = adapterhub.read(folders, config, read_tensors)
         return {
-            name: partial(
-                self._encoder, bottlenecks=[Bottleneck(layer, each.non_linearity, dtype) for layer in each.layers]
-            )
+            name: [Bottleneck(layer, each.non_linearity, dtype) for layer in each.layers]
             for name, each in adapters.items()
         }
 

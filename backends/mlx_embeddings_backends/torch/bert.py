@@ -108,9 +108,11 @@ class BertEncoder:
         # RoBERTa numbers positions from padding_idx + 1 and skips padding tokens; BERT from 0.
         self.padding_idx: int | None = None if config.model_type == "bert" else embeddings.padding_idx
         self.words: Tensor = embeddings.word_embeddings.weight.detach()
-        # The token type is always 0 here, so its row is added to the positions once.
-        types = embeddings.token_type_embeddings.weight.detach()
-        self.positions: Tensor = embeddings.position_embeddings.weight.detach() + types[0]
+        # The row of each position as it is with each token type: those of type 0, then those of type 1.
+        types: Tensor = embeddings.token_type_embeddings.weight.detach()
+        positions: Tensor = embeddings.position_embeddings.weight.detach()
+        self.positions = (types[:, None] + positions).flatten(0, 1)
+        self.rows_per_type = len(positions)
         self.embedding_norm: nn.LayerNorm = embeddings.LayerNorm
         self.layers = [
             Layer(
@@ -141,17 +143,37 @@ class BertEncoder:
             and not getattr(config, "add_cross_attention", False)
         )
 
-    def pack(self, items: Sequence[NDArray[np.int64]]) -> PackedTokens:
-        """Token ids of each item -> one row a token. On the CPU, from any thread."""
+    @property
+    def memory_bytes(self) -> int:
+        """Of its weights."""
+        norms = [
+            self.embedding_norm,
+            *(norm for each in self.layers for norm in (each.attention_norm, each.output_norm)),
+        ]
+        added = [each for layers in self.bottlenecks.values() for each in layers if each is not None]
+        linears = [linear for each in added for linear in (each.down, each.up)]
+        for layer in self.layers:
+            linears += [layer.query_key_value, layer.attention_output, layer.intermediate, layer.output]
+        held = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
+        held += [parameter for norm in norms for parameter in norm.parameters()]
+        return sum(tensor.nbytes for tensor in (self.words, self.positions, *held))
+
+    def pack(
+        self, items: Sequence[NDArray[np.int64]], types: Sequence[NDArray[np.int64]] | None = None
+    ) -> PackedTokens:
+        """Token ids of each item, and token types (None: all 0) -> one row a token. On the CPU, from any thread."""
         lengths = np.array([len(ids) for ids in items])
         tokens, longest = int(lengths.sum()), int(lengths.max())
         if self._is_short(len(items), longest):
-            longest = -(-longest // 8) * 8  # few lengths, for the reason that _round_up gives
+            longest = -(-longest // 8) * 8  # few lengths, for the reason that round_up gives
         real = np.arange(longest) < lengths[:, None]  # [batch, longest]
-        filler = np.zeros(_round_up(tokens) - tokens, dtype=np.int64)
+        filler = np.zeros(round_up(tokens) - tokens, dtype=np.int64)
+        positions = np.concatenate([*map(self._positions_of, items), filler])
+        if types is not None:
+            positions[:tokens] += self.rows_per_type * np.concatenate(types)
         return PackedTokens(
             ids=torch.from_numpy(np.concatenate([*items, filler])),
-            positions=torch.from_numpy(np.concatenate([*map(self._positions_of, items), filler])),
+            positions=torch.from_numpy(positions),
             places=torch.from_numpy(np.flatnonzero(real)),
             attention_mask=torch.from_numpy(real.astype(np.int64)),
             has_padding=tokens < real.size,
@@ -221,7 +243,7 @@ def _explicit_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tens
     return torch.softmax(scores, dim=-1).to(value.dtype) @ value
 
 
-def _round_up(tokens: int) -> int:
+def round_up(tokens: int) -> int:
     """A number of rows that comes up again: oneDNN makes a kernel for each new one, which takes longer than it runs."""
     step = 8 if tokens <= 64 else 32 if tokens <= 512 else 128
     return -(-tokens // step) * step

@@ -20,7 +20,13 @@ from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
 from mlx_embeddings_backends.files import read_object
 from mlx_embeddings_backends.siglip_text import read_siglip_tokenizer
 from mlx_embeddings_backends.tokenization import TextTokenizer
-from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
+from mlx_embeddings_backends.torch.devices import (
+    TORCH_DTYPES,
+    batch_tokens,
+    choose_device,
+    choose_dtype,
+    memory_bytes,
+)
 from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
 from mlx_embeddings_backends.torch.two_towers import TorchDualEncoder
 
@@ -72,6 +78,7 @@ class TransformersClip(TorchDualEncoder):
             normalize=True,
             batch_tokens=batch_tokens(self._device),
             modalities=("text", "image"),
+            memory_bytes=memory_bytes(self._model),
         )
         self._try_out()
 

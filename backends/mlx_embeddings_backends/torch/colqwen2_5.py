@@ -27,7 +27,13 @@ from mlx_embeddings_backends.colqwen.checkpoint import ColQwenConfig, canonical_
 from mlx_embeddings_backends.errors import DeviceLost, UnsupportedModel
 from mlx_embeddings_backends.files import read_object, weight_files
 from mlx_embeddings_backends.torch import qwen2_5_vision
-from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
+from mlx_embeddings_backends.torch.devices import (
+    TORCH_DTYPES,
+    batch_tokens,
+    choose_device,
+    choose_dtype,
+    memory_bytes,
+)
 from mlx_embeddings_backends.torch.tensor_files import check_tensors, read_tensors
 
 log = logging.getLogger(__name__)
@@ -74,7 +80,9 @@ class TorchColQwen2_5(ColQwenBackend):
         if options.base is not None:
             _merge_adapter(weights, folder, TORCH_DTYPES[dtype])
         self._model = _build(config, weights, self._device, TORCH_DTYPES[dtype])
-        self.info = self._describe("torch", str(self._device), dtype, batch_tokens(self._device))
+        self.info = self._describe(
+            "torch", str(self._device), dtype, batch_tokens(self._device), memory_bytes(self._model)
+        )
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
         return Batch.of(self._processor.collate(batch))

@@ -3,6 +3,7 @@
 import re
 
 import torch
+from torch import nn
 
 from mlx_embeddings_backends.base import DType
 from mlx_embeddings_backends.errors import ModelError
@@ -54,6 +55,20 @@ def cpu_multiplies_bfloat16() -> bool:
     """AVX512-BF16 or AMX: without them bfloat16 products are emulated, and slower than float32."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def memory_bytes(*modules: nn.Module) -> int:
+    """Of their weights on the device. Weights that are one and the same tensor count once."""
+    weights = [weight for module in modules for weight in module.state_dict().values()]
+    return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
+
+
+def free_memory() -> None:
+    """Give back what torch keeps of the devices' memory for tensors to come."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def batch_tokens(device: torch.device) -> int:

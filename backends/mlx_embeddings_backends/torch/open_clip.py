@@ -12,7 +12,13 @@ from torch import Tensor
 from mlx_embeddings_backends.base import LoadOptions, ModelInfo
 from mlx_embeddings_backends.dual_encoder import refuse_strips
 from mlx_embeddings_backends.errors import ModelError
-from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
+from mlx_embeddings_backends.torch.devices import (
+    TORCH_DTYPES,
+    batch_tokens,
+    choose_device,
+    choose_dtype,
+    memory_bytes,
+)
 from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
 from mlx_embeddings_backends.torch.open_clip_library import open_clip
 from mlx_embeddings_backends.torch.open_clip_model import CONFIG, SENSELESS, TextTower, load_model, read_model_config
@@ -50,6 +56,7 @@ class OpenClip(TorchDualEncoder):
             normalize=True,
             batch_tokens=batch_tokens(self._device),
             modalities=("text", "image"),
+            memory_bytes=memory_bytes(self._model),
         )
         self._try_out()
 

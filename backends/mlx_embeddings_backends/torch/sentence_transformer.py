@@ -18,11 +18,17 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from mlx_embeddings_backends import adapterhub
-from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Truncate
+from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, Rows, Truncate
 from mlx_embeddings_backends.errors import DeviceLost, ModelError, UnsupportedModel
 from mlx_embeddings_backends.tokenization import Group, TextTokenizer, pad, prepare_texts
 from mlx_embeddings_backends.torch.bert import BertEncoder, PackedTokens
-from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
+from mlx_embeddings_backends.torch.devices import (
+    TORCH_DTYPES,
+    batch_tokens,
+    choose_device,
+    choose_dtype,
+    memory_bytes,
+)
 from mlx_embeddings_backends.torch.mixed_precision import use_mixed_products
 from mlx_embeddings_backends.torch.tensor_files import read_tensors
 
@@ -46,24 +52,22 @@ class SentenceTransformerBackend(Backend):
         model = _load(folder)
         transformer, *rest = model.children()
         assert isinstance(transformer, Transformer)
-        _check_text_only(transformer)
-        _check_weights(transformer)
+        check_text_only(transformer)
+        # The pooler's output is used nowhere, and often left out.
+        check_weights(transformer.model, optional="pooler.")
+        self._hidden_size = cast(int, transformer.get_embedding_dimension())
         if not (folder / "modules.json").exists():
-            if options.adapters:  # which are trained to give their vector in place of [CLS]
-                rest = [Pooling(cast(int, transformer.get_embedding_dimension()), "cls")]
-            else:
-                modes = [module.pooling_mode for module in rest if isinstance(module, Pooling)]
-                log.warning("no modules.json says how tokens become a vector: %s pooling is used", *modes)
+            rest = self._assume_modules(rest, options)
         normalize = isinstance(rest[-1], Normalize) and rest[-1].module_input_name == "sentence_embedding"
         self._after: list[nn.Module] = [module.to(device) for module in (rest[:-1] if normalize else rest)]
         self._pools_prompt = all(module.include_prompt for module in rest if isinstance(module, Pooling))
         self._device = device
         self._encoder, self._transformer = _place_encoder(transformer, device, TORCH_DTYPES[dtype], options.adapters)
 
-        tokenizer = transformer.tokenizer
+        self._vocabulary = tokenizer = transformer.tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
         vocabulary_size = transformer.model.get_input_embeddings().num_embeddings
-        max_tokens = _max_tokens(transformer)
+        max_tokens = max_tokens_of(transformer)
         self._tokenizer = TextTokenizer(
             tokenizer.backend_tokenizer, max_tokens=max_tokens, vocabulary_size=vocabulary_size
         )
@@ -80,7 +84,19 @@ class SentenceTransformerBackend(Backend):
             default_prompt=model.default_prompt_name,
             adapters=tuple(options.adapters),
             separator=tokenizer.sep_token,
+            memory_bytes=memory_bytes(*self._after) + self._encoder_bytes(),
         )
+
+    def _encoder_bytes(self) -> int:
+        return memory_bytes(cast(nn.Module, self._transformer)) if self._encoder is None else self._encoder.memory_bytes
+
+    def _assume_modules(self, assumed: list[nn.Module], options: LoadOptions) -> list[nn.Module]:
+        """What follows a transformer whose folder has no modules.json; `assumed` are sentence-transformers' own."""
+        if options.adapters:  # which are trained to give their vector in place of [CLS]
+            return [Pooling(self._hidden_size, "cls")]
+        modes = [module.pooling_mode for module in assumed if isinstance(module, Pooling)]
+        log.warning("no modules.json says how tokens become a vector: %s pooling is used", *modes)
+        return assumed
 
     def prepare(self, items: Sequence[Item], truncate: Truncate = "none") -> list[Prepared]:
         return prepare_texts(
@@ -97,14 +113,18 @@ class SentenceTransformerBackend(Backend):
         return Batch(features, group)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> NDArray[np.float32]:
+    def run(self, batch: Batch) -> Rows:
         try:
             return self._forward(batch)
         except torch.AcceleratorError as error:
             # An error in a kernel leaves the CUDA context unusable; running out of memory is another exception.
             raise DeviceLost(str(error)) from error
 
-    def _forward(self, batch: Batch) -> NDArray[np.float32]:
+    def _forward(self, batch: Batch) -> Rows:
+        return self._pool(self._encode(batch), batch.group)
+
+    def _encode(self, batch: Batch) -> dict[str, Any]:
+        """`token_embeddings`, float32 [batch, longest, dim], and what else the modules behind it look at."""
         features: dict[str, Any]
         if isinstance(batch.tokens, PackedTokens):
             packed = batch.tokens.to(self._device)
@@ -116,8 +136,11 @@ class SentenceTransformerBackend(Backend):
             features = {name: each.to(self._device, non_blocking=True) for name, each in batch.tokens.items()}
             features = cast(nn.Module, self._transformer)(features | {"modality": "text"})
             features["token_embeddings"] = features["token_embeddings"].float()
-        if batch.group.unpooled_tokens:
-            features["prompt_length"] = batch.group.unpooled_tokens
+        return features
+
+    def _pool(self, features: dict[str, Any], group: Group) -> NDArray[np.float32]:
+        if group.unpooled_tokens:
+            features["prompt_length"] = group.unpooled_tokens
         for module in self._after:
             features = module(features)
         rows = features["sentence_embedding"][:, : self.info.dimensions]  # [batch, dimensions]
@@ -161,11 +184,14 @@ def _place_encoder(
     return None, transformer.to(device)
 
 
-def _check_text_only(transformer: Transformer) -> None:
-    if set(transformer.modality_config) != {"text"} or transformer.module_output_name != "token_embeddings":
+def check_text_only(transformer: Transformer, output: str = "token_embeddings") -> None:
+    """Raises `UnsupportedModel` unless it makes `output` of texts as its tokenizer has them, and of nothing else."""
+    if set(transformer.modality_config) != {"text"}:
         raise UnsupportedModel(
             f"the transformer takes {', '.join(map(str, transformer.modality_config))}: only text is known"
         )
+    if transformer.module_output_name != output:
+        raise UnsupportedModel(f"the transformer gives {transformer.module_output_name!r}: only {output!r} is known")
     if transformer.processing_kwargs:
         raise UnsupportedModel(
             f"processing_kwargs {sorted(transformer.processing_kwargs)} of the checkpoint are not known"
@@ -174,22 +200,26 @@ def _check_text_only(transformer: Transformer) -> None:
         raise UnsupportedModel("the checkpoint's tokenizer has no tokenizer.json, and none can be made of its files")
 
 
-def _check_weights(transformer: Transformer) -> None:
-    """transformers makes up what the files lack from random numbers, and says so in its log alone."""
+def check_weights(model: nn.Module, *, optional: str | None = None) -> None:
+    """transformers makes up what the files lack from random numbers, and says so in its log alone.
+
+    `optional` begins the names of those that may be missing. Raises `ModelError`.
+    """
     lacking = [
         name
-        for name, parameter in transformer.model.named_parameters()
-        # The flag is transformers' own, set on what it loaded. The pooler's output is used nowhere, and often left out.
-        if not getattr(parameter, "_is_hf_initialized", False) and not name.startswith("pooler.")
+        for name, parameter in model.named_parameters()
+        # The flag is transformers' own, set on what it loaded.
+        if not getattr(parameter, "_is_hf_initialized", False) and not (optional and name.startswith(optional))
     ]
     if lacking:
         raise ModelError(f"the files lack {len(lacking)} of the model's weights, such as {lacking[0]}")
 
 
-def _max_tokens(transformer: Transformer) -> int:
+def max_tokens_of(transformer: Transformer) -> int:
     """`max_seq_length`, held to the positions that the model has."""
     positions = getattr(transformer.config, "max_position_embeddings", None) or 0
-    table = getattr(getattr(transformer.model, "embeddings", None), "position_embeddings", None)
+    encoder = transformer.model.base_model
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
     if isinstance(table, nn.Embedding):
         # RoBERTa's first position is padding_idx + 1.
         positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

@@ -1,0 +1,86 @@
+"""`mlx-embeddings-server check models.yaml`: what the file would serve, without loading it and without the network."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlx_embeddings_server import yaml_file
+from mlx_embeddings_server.settings import Settings, SettingsError, load_settings
+from mlx_embeddings_server.yaml_file import Location, dotted
+
+if TYPE_CHECKING:
+    from mlx_embeddings_server.registry import ModelSpec
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a line for each model; exit with 2 and all that is wrong, if anything is."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-embeddings-server check",
+        description="Check a file for --config: print a line for each model that it serves, or all that is wrong with "
+        "it. Loads and downloads nothing. Exits with 0 where all is right, else with 2.",
+    )
+    parser.add_argument("file", metavar="FILE", help="YAML file with `models:`, as models.example.yaml")
+    path = parser.parse_args(arguments).file
+    # huggingface_hub reads it when it is imported, which is later.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        problems = _check(path, load_settings({"config": path}))
+    except SettingsError as error:
+        problems = [str(error)]
+    if problems:
+        sys.stdout.flush()  # what was found comes before what is wrong, also where both go to one place
+        sys.stderr.write("".join(f"{problem}\n" for problem in problems))
+        sys.exit(2)
+
+
+def _check(path: str, settings: Settings) -> list[str]:
+    """Prints the models that are right; what is wrong with the others. Raises `SettingsError`."""
+    # Only now: numpy takes longer than all that was needed so far.
+    from mlx_embeddings_backends.errors import ModelError
+    from mlx_embeddings_server.registry import model_specs
+
+    specs = model_specs(settings)
+    if not specs:
+        return [f"{path}: names no model: list some under `models:`, each as `NAME: {{name: ID_OR_PATH}}`"]
+    file = yaml_file.read(path)
+    problems, seen = [], set[str]()
+    for spec in specs:
+        # --model and its names may be the file's or the environment's, too.
+        location: Location = ("model",)
+        if spec.name is not None and spec.name in settings.models:
+            location = ("models", spec.name, "name")
+        try:
+            name, description = _describe(spec)
+            if name in seen:
+                raise ModelError(f"two models would be served as {name!r}: give each another name")
+        except ModelError as error:
+            line = file.line(location)
+            where = path if line is None else f"{path}, line {line}"
+            problems.append(f"{where}: {dotted(location)}: {error}")
+            continue
+        seen.add(name)
+        print(f"{name}: {description}" + (f"; aliases: {', '.join(spec.aliases)}" if spec.aliases else ""))
+    return problems
+
+
+def _describe(spec: "ModelSpec") -> tuple[str, str]:
+    """The name that it would be served by, and what it is. Raises `ModelError`."""
+    from mlx_embeddings_backends import hub
+    from mlx_embeddings_server.served_model import Found
+
+    name = spec.name or hub.ALIASES.get(spec.source, spec.source)
+    if spec.pretrained is not None:  # which only open_clip knows, and that takes torch
+        return name, f"open_clip's {spec.source} with the weights {spec.pretrained}, looked up when it is loaded"
+    try:
+        found = Found.of(spec)
+    except hub.HubUnreachable:
+        return name, f"{spec.source}, not downloaded yet"
+    snapshot, choice = found.checkpoint.snapshot, found.choice
+    place = {"local": str(snapshot.path), "packaged": f"{snapshot.name} of an installed package"}.get(
+        snapshot.source, f"{snapshot.name}, revision {snapshot.revision}"
+    )
+    reason = choice.reason if choice.verified else f"{choice.reason}, not verified"
+    adapters = f", adapters {' and '.join(found.checkpoint.adapters)}" if found.checkpoint.adapters else ""
+    return spec.name or snapshot.name, f"{choice.architecture} on {choice.backend} ({reason}), {place}{adapters}"

@@ -1,0 +1,100 @@
+"""Reranking, in Cohere's, Jina's and the unified API's shape, and in TEI's."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from mlx_embeddings_server.errors import InvalidInput, InvalidRequest
+from mlx_embeddings_server.inputs.parse import Content, parse_input
+from mlx_embeddings_server.models import Models
+from mlx_embeddings_server.ranking import Ranking
+from mlx_embeddings_server.routes.replies import account_headers, json_reply, usage
+from mlx_embeddings_server.routes.requests import (
+    KeyedRoute,
+    disconnects_of,
+    json_body_of,
+    read_json,
+    runtime_of,
+    truncate_of,
+)
+from mlx_embeddings_server.schemas.rerank import RerankRequest
+from mlx_embeddings_server.served_model import ServedModel
+
+router = APIRouter(tags=["Rerank"], route_class=KeyedRoute)
+
+
+@router.post("/v2/rerank", include_in_schema=False)
+@router.post("/rerank", include_in_schema=False)
+@router.post("/v1/rerank", openapi_extra=json_body_of(RerankRequest))
+async def rerank(request: Request) -> Response:
+    """The documents' scores for the query, the best first.
+
+    A reranker scores pairs; a multi-vector model by MaxSim, pages as images included; a dense model by cosine. `texts`
+    in the place of `documents` is TEI's request, and its reply the bare array. Also at /v2/rerank and /rerank.
+    """
+    return await answer(request, await read_json(request, RerankRequest))
+
+
+async def answer(request: Request, body: RerankRequest) -> Response:
+    runtime = runtime_of(request)
+    field = "texts" if body.documents is None and body.texts is not None else "documents"
+    given = body.texts if field == "texts" else body.documents
+    if given is None:
+        raise InvalidRequest("documents is missing", param="documents", code="missing_required_parameter")
+    model = runtime.models.get(body.model) if body.model is not None else _first_reranker(runtime.models)
+
+    async def work() -> Ranking:
+        async with model:
+            [query] = _contents(model, [body.query], 1, "query", one=True)
+            documents = _contents(model, given, runtime.settings.max_request_inputs, field)
+            truncate = truncate_of(body.truncate, body.truncation_direction)
+            return await runtime.ranking.rerank(
+                model, query, documents, truncate=truncate, raw_scores=bool(body.raw_scores), field=field
+            )
+
+    result = await disconnects_of(request).until_gone(request, work())
+    best = result.best(body.top_n)
+    if field == "texts":
+        reply: Any = [
+            {"index": index, "score": float(result.scores[index])}
+            | ({"text": given[index]} if body.return_text else {})
+            for index in best
+        ]
+    else:
+        results = [
+            {"index": index, "relevance_score": float(result.scores[index])}
+            | ({"document": _document(given[index])} if body.return_documents else {})
+            for index in best
+        ]
+        reply = {"object": "list", "model": model.name, "results": results, "usage": usage(result)}
+    return json_reply(reply, account_headers(result))
+
+
+def _contents(model: ServedModel, given: Any, most: int, field: str, *, one: bool = False) -> list[Content]:
+    """Raises `InvalidInput`."""
+    if one and not isinstance(given[0], str | dict):
+        raise InvalidInput(field, 'must be a string, {"text": ...} or {"image": ...}', code="invalid_type")
+    if not isinstance(given, list):
+        raise InvalidInput(field, "must be a list", code="invalid_type")
+    for index, each in enumerate(given):
+        if not isinstance(each, str | dict):
+            raise InvalidInput(
+                f"{field}[{index}]", 'must be a string, {"text": ...} or {"image": ...}', code="invalid_type"
+            )
+    value = given[0] if one else given
+    return parse_input(
+        value, modalities=model.info.modalities, separator=model.info.separator, max_inputs=most, field=field
+    )
+
+
+def _document(given: str | dict[str, Any]) -> dict[str, Any]:
+    return {"text": given} if isinstance(given, str) else given
+
+
+def _first_reranker(models: Models) -> ServedModel:
+    """For TEI's clients, which name none."""
+    for model in models:
+        info = model.known_info
+        if model.spec.kind == "rerank" or (info is not None and info.output == "rerank"):
+            return model
+    return next(iter(models))

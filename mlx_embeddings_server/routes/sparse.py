@@ -1,0 +1,65 @@
+"""Sparse vectors: /v1/embed_sparse."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from mlx_embeddings_server.codec import embedding_list, sparse_value
+from mlx_embeddings_server.inputs.parse import parse_input
+from mlx_embeddings_server.routes.replies import account_headers, joined, usage
+from mlx_embeddings_server.routes.requests import (
+    KeyedRoute,
+    disconnects_of,
+    json_body_of,
+    read_json,
+    runtime_of,
+    truncate_of,
+)
+from mlx_embeddings_server.schemas.sparse import SparseRequest
+from mlx_embeddings_server.service import Embeddings, EmbedOptions
+
+router = APIRouter(tags=["Sparse"], route_class=KeyedRoute)
+
+
+@router.post("/v1/embed_sparse", openapi_extra=json_body_of(SparseRequest))
+async def embed_sparse(request: Request) -> Response:
+    """For each input the indices and values of its sparse vector, the indices ascending."""
+    return await answer(request, await read_json(request, SparseRequest))
+
+
+async def answer(request: Request, body: SparseRequest) -> Response:
+    runtime = runtime_of(request)
+    model = runtime.models.get(body.model)
+    options = EmbedOptions(
+        input_type=body.input_type,
+        prompt=body.prompt,
+        prompt_name=body.prompt_name,
+        truncate=truncate_of(body.truncate),
+        outputs=("sparse",),
+        max_active_dims=body.max_active_dims,
+    )
+
+    async def work() -> tuple[Embeddings, list[list[str]]]:
+        async with model:
+            contents = parse_input(
+                body.input,
+                modalities=model.info.modalities,
+                separator=model.info.separator,
+                max_inputs=runtime.settings.max_request_inputs,
+            )
+            result = await runtime.service.embed(model, contents, options)
+            backend = model.provider.engine.backend
+            words = (
+                [backend.token_strings(each.indices.tolist()) for each in result.sparse or ()] if body.tokens else []
+            )
+            return result, words
+
+    result, words = await disconnects_of(request).until_gone(request, work())
+
+    def values() -> Iterator[dict[str, Any]]:
+        for index, vector in enumerate(result.sparse or ()):
+            yield {"embedding": sparse_value(vector) | ({"tokens": words[index]} if body.tokens else {})}
+
+    content = await joined(embedding_list(values(), model=model.name, usage=usage(result)))
+    return Response(content, media_type="application/json", headers=account_headers(result))

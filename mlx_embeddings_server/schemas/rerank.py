@@ -1,0 +1,41 @@
+"""Reranking: the fields of Cohere's, Jina's and the unified API's requests, and those of TEI's."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+_ONE: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+
+
+class RerankRequest(BaseModel):
+    """`documents`, or TEI's `texts`, which have TEI's reply. Unknown fields are ignored: clients send extras."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = Field(
+        None,
+        validation_alias=AliasChoices("model", "model_id"),
+        description="A served id or alias. Default: the first reranker.",
+    )
+    # Checked by inputs.parse, whose messages name the item.
+    query: Annotated[Any, Field(json_schema_extra=_ONE)]
+    documents: Any = Field(
+        None,
+        description='Strings, `{"text"}` or `{"image"}`.',
+        json_schema_extra={"type": "array", "items": _ONE},
+    )
+    texts: Any = Field(None, description="TEI: a list of strings.", json_schema_extra={"type": "array"})
+    top_n: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        None,
+        validation_alias=AliasChoices("top_n", "top_k"),
+        description="So many of the best (`top_k` means the same). Default: all.",
+    )
+    return_documents: StrictBool | None = Field(None, description="Put each document beside its score.")
+    return_text: StrictBool | None = Field(None, description="TEI: put each text beside its score.")
+    raw_scores: StrictBool | None = Field(None, description="A reranker's scores before its activation (a sigmoid).")
+    truncate: StrictBool | Literal["none", "end", "start"] | None = Field(
+        None, description="What to do with documents that are too long: refuse (none, false), cut (end, true; start)."
+    )
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = Field(
+        None, description="TEI: the side that is cut. Default: right."
+    )

@@ -1,0 +1,206 @@
+"""Models that come and go: loaded when first asked for, unloaded when idle or to make room, failing alone."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from tests.scripted import vector
+from tests.scripted_models import loads, models_server
+from tests.server import MINILM, Server
+
+PATIENCE = 30.0  # seconds
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(max_workers=40) as pool:
+        yield pool
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to this in time"
+        time.sleep(0.02)
+
+
+def state(server: Server, name: str) -> str:
+    [found] = [each for each in server.client.get("/health").json()["models"] if each["id"] == name]
+    return str(found["state"])
+
+
+def is_right(reply: httpx.Response, text: str) -> bool:
+    return reply.status_code == 200 and np.allclose(reply.json()["data"][0]["embedding"], vector(text), atol=1e-6)
+
+
+def error_of(reply: httpx.Response) -> dict[str, Any]:
+    return dict(reply.json()["error"])
+
+
+def test_first_requests_wait_for_one_load(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    with models_server(tmp_path, {"late": {"script": {"seconds": 0.5}}, "other": {}}) as server:
+        assert (state(server, "late"), loads(tmp_path, "late")) == ("unloaded", 0)
+        replies = [threads.submit(server.embed, f"text {n}", "late") for n in range(20)]
+        until(lambda: state(server, "late") == "loading")
+        assert is_right(server.embed("quick", "other"), "quick")  # which need not wait for it
+        assert all(is_right(reply.result(), f"text {n}") for n, reply in enumerate(replies))
+        assert loads(tmp_path, "late") == 1
+
+
+def test_a_pinned_model_is_loaded_at_the_start(tmp_path: Path) -> None:
+    with models_server(tmp_path, {"pinned": {"pinned": True}, "other": {}}) as server:
+        assert (loads(tmp_path, "pinned"), loads(tmp_path, "other")) == (1, 0)
+        described = {each["id"]: each for each in server.client.get("/v1/models").json()["data"]}
+        assert described["pinned"]["loaded"] and described["pinned"]["dimensions"] == 8
+        assert not described["other"]["loaded"] and "dimensions" not in described["other"]
+
+
+def test_a_pinned_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
+    server = models_server(tmp_path, {"pinned": {"pinned": True}, "other": {}})
+    (tmp_path / "pinned" / "broken").touch()
+    with pytest.raises(RuntimeError, match="the file is there"), server:
+        pass
+
+
+def test_a_failing_load_is_told_to_its_own_requests_and_tried_again_after_a_pause(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with models_server(tmp_path, {"broken": {"script": {"seconds": 0.2}}, "sound": {}}) as server:
+        (tmp_path / "broken" / "broken").touch()
+        for reply in [threads.submit(server.embed, "x", "broken") for _ in range(5)]:
+            refused = reply.result()
+            assert refused.status_code == 503 and error_of(refused)["code"] == "model_load_failed"
+            assert 1 <= int(refused.headers["Retry-After"]) <= 5
+            assert str(tmp_path) not in refused.text
+        assert loads(tmp_path, "broken") == 1
+        assert is_right(server.embed("x", "sound"), "x")
+        health = server.client.get("/health")
+        assert health.status_code == 200 and state(server, "broken") == "failed"
+        server.wait_for_log("broken could not be loaded.*the file is there")
+        (tmp_path / "broken" / "broken").unlink()
+        until(lambda: server.embed("x", "broken").status_code == 200)
+        assert loads(tmp_path, "broken") == 2
+
+
+def test_whoever_runs_the_server_may_load_at_once_what_failed(tmp_path: Path) -> None:
+    with models_server(tmp_path, {"broken": {}}) as server:
+        (tmp_path / "broken" / "broken").touch()
+        assert server.client.post("/v1/models/broken/load").status_code == 503
+        (tmp_path / "broken" / "broken").unlink()
+        reply = server.client.post("/v1/models/broken/load")
+        assert reply.status_code == 200 and reply.json()["loaded"]
+
+
+def test_an_idle_model_is_unloaded_and_loaded_again(tmp_path: Path) -> None:
+    with models_server(tmp_path, {"idle": {"keep_alive": 1}, "stays": {}}) as server:
+        for name in ("stays", "idle"):
+            assert is_right(server.embed("x", name), "x")
+        until(lambda: state(server, "idle") == "unloaded")
+        assert state(server, "stays") == "ready"
+        described = server.client.get("/v1/models/idle").json()
+        assert described["dimensions"] == 8 and not described["loaded"]
+        assert is_right(server.embed("y", "idle"), "y")
+        assert loads(tmp_path, "idle") == 2
+
+
+def test_unloading_waits_for_what_is_in_flight_and_those_who_come_meanwhile_are_answered(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with models_server(tmp_path, {"model": {"pinned": True}}) as server:
+        running = threads.submit(server.embed, "work 1", "model")
+        until(lambda: server.client.get("/health").json()["requests_in_flight"] > 0)
+        unloading = threads.submit(server.client.post, "/v1/models/model/unload")
+        until(lambda: state(server, "model") == "unloading")
+        late = threads.submit(server.embed, "late", "model")
+        assert is_right(running.result(), "work 1")
+        assert unloading.result().status_code == 200
+        assert is_right(late.result(), "late")
+        assert loads(tmp_path, "model") == 2
+
+
+def of_bytes(count: int, **entry: Any) -> dict[str, Any]:
+    return {"script": {"memory": count}, **entry}
+
+
+def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
+    models = {"pinned": of_bytes(100, pinned=True), "a": of_bytes(100), "b": of_bytes(100), "c": of_bytes(100)}
+    with models_server(tmp_path, models, max_memory=350) as server:
+        for name in ("a", "b", "a", "c"):
+            assert is_right(server.embed(name, name), name)
+        assert [state(server, name) for name in models] == ["ready", "ready", "unloaded", "ready"]
+        assert is_right(server.embed("b", "b"), "b")
+        assert [state(server, name) for name in models] == ["ready", "unloaded", "ready", "ready"]
+
+
+def test_a_model_that_never_fits_is_refused_and_takes_nobodys_room(tmp_path: Path) -> None:
+    models = {"pinned": of_bytes(100, pinned=True), "large": of_bytes(300), "small": of_bytes(100)}
+    with models_server(tmp_path, models, max_memory=350) as server:
+        assert is_right(server.embed("x", "small"), "x")
+        refused = server.embed("x", "large")
+        assert refused.status_code == 503 and error_of(refused)["code"] == "model_load_failed"
+        server.wait_for_log("large could not be loaded.*--max-memory")
+        assert state(server, "large") == "failed"
+        assert is_right(server.embed("x", "pinned"), "x") and is_right(server.embed("x", "small"), "x")
+
+
+def test_models_that_do_not_fit_together_take_turns(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    models = {name: of_bytes(100) for name in "abc"}
+    with models_server(tmp_path, models, max_memory=150) as server:
+        asked = [(name, f"{name} {n}") for n in range(10) for name in models]
+        replies = [threads.submit(server.embed, text, name) for name, text in asked]
+        assert all(is_right(reply.result(), text) for reply, (_, text) in zip(replies, asked, strict=True))
+        assert sum(state(server, name) == "ready" for name in models) == 1
+
+
+def test_a_short_query_waits_for_one_batch_of_another_model_at_most(
+    tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    with models_server(tmp_path, {"large": {"pinned": True}, "small": {"pinned": True}}) as server:
+        # 30 words of a budget of 64 tokens each: a batch of two.
+        long = [threads.submit(server.embed, f"work 0.2 {n} " + "word " * 30, "large") for n in range(16)]
+        until(lambda: server.client.get("/health").json()["models"][0]["queue"]["items"] > 8)
+        waits = []
+        for n in range(3):
+            started = time.monotonic()
+            assert is_right(server.embed(f"query {n}", "small"), f"query {n}")
+            waits.append(time.monotonic() - started)
+        assert any(not reply.done() for reply in long), "the long queue has ended before: nothing was seen"
+        assert max(waits) < 1, waits  # a batch takes 0.4 s, all of them more than 3 s
+        assert all(reply.result().status_code == 200 for reply in long)
+
+
+def test_a_client_that_leaves_does_not_end_the_load(tmp_path: Path) -> None:
+    with models_server(tmp_path, {"late": {"script": {"seconds": 1.5}}}) as server:
+        with pytest.raises(httpx.ReadTimeout):
+            server.client.post("/v1/embeddings", json={"model": "late", "input": "x"}, timeout=0.5)
+        until(lambda: state(server, "late") == "ready")
+        assert is_right(server.embed("x", "late"), "x") and loads(tmp_path, "late") == 1
+
+
+def test_the_server_ends_while_a_model_is_being_loaded(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    with models_server(tmp_path, {"slow": {"script": {"seconds": 60}}}, drain_timeout=0.5) as server:
+        threads.submit(server.embed, "x", "slow")
+        until(lambda: state(server, "slow") == "loading")
+        assert server.stop(timeout=20) == 0
+
+
+def test_memory_returns(tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(f"models: {{mini: {{name: {MINILM}}}}}")
+    with Server("--config", str(file)) as server:
+        process = psutil.Process(server.process.pid)
+        sizes = []
+        for _ in range(20):
+            assert server.embed("some words to embed", "mini").status_code == 200
+            loaded = process.memory_info().rss
+            assert server.client.post("/v1/models/mini/unload").status_code == 200
+            sizes.append(process.memory_info().rss)
+        assert loaded - sizes[-1] > 50e6  # its weights are 90 MB
+        assert max(sizes[5:]) - sizes[1] < 30e6, sizes
