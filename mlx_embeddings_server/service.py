@@ -19,6 +19,7 @@ from mlx_embeddings_backends.base import (
     Row,
     SparseVector,
     Truncate,
+    Vector,
 )
 from mlx_embeddings_server.errors import InvalidRequest, quoted
 from mlx_embeddings_server.failures import as_api_errors
@@ -134,14 +135,15 @@ class EmbeddingService:
         items = [Item(each, prompt if isinstance(each, str) else "", options.role, adapter, named) for each in places]
         vectors = await self.run(model, items, options.truncate, as_api_errors(field, place_of))
         accounts = [vectors.accounts[place] for place in place_of]
-        self._metrics.prompt_tokens.labels(model.name).inc(sum(account.tokens for account in accounts))
+        prompt_tokens = sum(account.tokens for account in accounts)
+        self._metrics.prompt_tokens.labels(model.name).inc(prompt_tokens)
         patches = [account.patches for account in vectors.accounts]
         tables: dict[Output, Table] = {}
         if "dense" in wanted:
-            rows = _of("dense", vectors)
+            rows = _of("dense", vectors.rows, is_named=bool(named))
             tables["dense"] = Table(self._shape(info, np.stack([rows[place] for place in place_of]), options), None)
         if "multi_vector" in wanted:
-            rows, patches = await _pooled(_of("multi_vector", vectors), patches, options)
+            rows, patches = await _pooled(_of("multi_vector", vectors.rows, is_named=bool(named)), patches, options)
             rows = [rows[place] for place in place_of]
             tables["multi_vector"] = Table(self._shape(info, np.concatenate(rows), options), list(map(len, rows)))
         sparse = None
@@ -152,7 +154,7 @@ class EmbeddingService:
             tables={output: tables[output] for output in wanted if output in tables},
             sparse=sparse,
             patches=[patches[place] for place in place_of],
-            prompt_tokens=sum(account.tokens for account in accounts),
+            prompt_tokens=prompt_tokens,
             truncated=[index for index, account in enumerate(accounts) if account.truncated],
             provider=model.provider.name,
             timings=vectors.timings,
@@ -233,10 +235,10 @@ def wrong_type(model: ServedModel, what_it_does: str) -> InvalidRequest:
     return InvalidRequest(f"the model {model.name!r} {what_it_does}", param="model", code="wrong_model_type")
 
 
-def _of(output: Output, vectors: Vectors) -> list[NDArray[np.float32]]:
-    """Each item's rows of one kind."""
-    rows = (row[output] if isinstance(row, Mapping) else row for row in vectors.rows)
-    return cast(list[NDArray[np.float32]], list(rows))
+def _of(output: Output, rows: Sequence[Row], *, is_named: bool) -> list[NDArray[np.float32]]:
+    """Each item's rows of one kind, which are by name where several kinds may be asked for."""
+    found = [cast(Mapping[Output, Vector], row)[output] for row in rows] if is_named else rows
+    return cast(list[NDArray[np.float32]], found)
 
 
 def _sparse(row: Row, most: int | None) -> SparseVector:

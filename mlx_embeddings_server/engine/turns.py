@@ -2,8 +2,6 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Turns:
@@ -14,16 +12,8 @@ class Turns:
         self._is_taken = False
         self._waiting: deque[threading.Event] = deque()
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
+    def take(self) -> None:
         """Block until those who came before have had theirs."""
-        self._take()
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    def _take(self) -> None:
         with self._lock:
             if not self._is_taken:
                 self._is_taken = True
@@ -32,7 +22,13 @@ class Turns:
             self._waiting.append(mine)
         mine.wait()  # it is handed over taken, so that nobody gets in between
 
-    def _pass_on(self) -> None:
+    def take_if_free(self) -> bool:
+        with self._lock:
+            is_free, self._is_taken = not self._is_taken, True
+            return is_free
+
+    def pass_on(self) -> None:
+        """To who has waited longest."""
         with self._lock:
             if self._waiting:
                 self._waiting.popleft().set()

@@ -13,7 +13,7 @@ from mlx_embeddings_backends.base import Backend, Row, Rows, SparseVector
 from mlx_embeddings_backends.errors import DeviceLost, ModelError
 from mlx_embeddings_server.engine.handover import Handover
 from mlx_embeddings_server.engine.queue import Job, Queue, Ticket
-from mlx_embeddings_server.engine.turns import DeviceTurns
+from mlx_embeddings_server.engine.turns import DeviceTurns, Turns
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,12 @@ class Worker:
 
     def _load_and_warm(self) -> None:
         backend = self._load()
-        with self._turns.of(backend.info.device).turn():
+        turns = self._turns.of(backend.info.device)
+        turns.take()
+        try:
             backend.warm_up()
+        finally:
+            turns.pass_on()
         self.backend = backend
         self._failed_in_a_row = 0
         self.state, self.reason = "ready", None
@@ -169,14 +173,13 @@ class Worker:
         backend = self.backend
         assert backend is not None
         turns = self._turns.of(backend.info.device)
-        while self._wait_for_work():
-            with turns.turn():
-                batch = self._next()  # only now: what comes while another worker runs joins it
-                if batch is None:
-                    continue
-                started = time.perf_counter()
+        while (batch := self._next(turns)) is not None:
+            started = time.perf_counter()
+            try:
                 done = self._run(backend, batch.jobs, batch.collated)
-                seconds = time.perf_counter() - started
+            finally:
+                turns.pass_on()
+            seconds = time.perf_counter() - started
             self._running = []
             self._record(batch.jobs, seconds)
             self._handover.settle(done)
@@ -188,28 +191,40 @@ class Worker:
         with self._queue.lock:
             return self._ahead is not None or bool(self._collating) or self._queue.has_full_batch()
 
-    def _wait_for_work(self) -> bool:
-        """Block while there is no batch to run. False: stop."""
-        with self._queue.lock:
-            while not self._stopping and self._ahead is None and (self._collating or not self._queue.waiting):
-                self._queue.arrived.wait()
-            return not self._stopping
+    def _next(self, turns: Turns) -> _Ahead | None:
+        """The batch made ready, else one formed now, with the device's turn; blocks until there are both. None: stop.
 
-    def _next(self) -> _Ahead | None:
-        """The batch made ready, else one formed now. None: those who asked for it have gone meanwhile, or stop."""
+        Where another worker runs, the batch is formed after it: what comes meanwhile joins.
+        """
         queue = self._queue
-        with queue.lock:
-            if self._stopping:
-                return None
-            if self._ahead is not None:
-                batch, self._ahead = self._ahead, None
-            elif queue.waiting and not self._collating:
-                batch = _Ahead(queue.take(), None)
-            else:
-                return None
-            self._running = batch.jobs
-            if queue.has_full_batch():
-                queue.filled.notify()
+        while True:
+            with queue.lock:
+                while not self._stopping and not self._can_run():
+                    queue.arrived.wait()
+                if self._stopping:
+                    return None
+                if turns.take_if_free():
+                    return self._form()
+            turns.take()
+            with queue.lock:
+                if not self._stopping and self._can_run():
+                    return self._form()
+            turns.pass_on()  # those who asked have gone meanwhile
+
+    def _can_run(self) -> bool:
+        """Whether there is a batch. The queue's lock must be held."""
+        return self._ahead is not None or (bool(self._queue.waiting) and not self._collating)
+
+    def _form(self) -> _Ahead:
+        """The queue's lock must be held, and there must be one."""
+        queue = self._queue
+        if self._ahead is not None:
+            batch, self._ahead = self._ahead, None
+        else:
+            batch = _Ahead(queue.take(), None)
+        self._running = batch.jobs
+        if queue.has_full_batch():
+            queue.filled.notify()
         return batch
 
     def _run(self, backend: Backend, jobs: list[Job], collated: Any | None) -> set[Ticket]:
