@@ -228,7 +228,7 @@ class ServedModel:
     async def _load(self) -> None:
         try:
             if self._provider is not None:  # its worker is dead
-                await self._unload(self._provider)
+                await self._drop(self._provider)
             if self.found is None:
                 self.found = await self._in_thread(partial(Found.of, self.spec))
             await self._make_room(self, self.memory_bytes)
@@ -302,6 +302,12 @@ class ServedModel:
         return LocalProvider(engine)
 
     async def _unload(self, provider: LocalProvider) -> None:
+        try:
+            await self._drop(provider)
+        finally:
+            self._changing = None
+
+    async def _drop(self, provider: LocalProvider) -> None:
         self._is_leaving = True
         try:
             while self.users and provider.engine.state != "dead":
@@ -309,7 +315,7 @@ class ServedModel:
             await asyncio.to_thread(self._end, provider)
             self._provider = None
         finally:
-            self._is_leaving, self._changing = False, None
+            self._is_leaving = False
         self._parts.metrics.observe_unload(self.name)
         log.info("unloaded %s", self.name)
 

@@ -211,5 +211,8 @@ def test_the_event_loop_stays_free() -> None:
         await loader.aclose()
         return longest
 
+    started = time.perf_counter()
+    urllib.parse.unquote_to_bytes(sources[1])
+    decoding = time.perf_counter() - started  # which takes longer on a slow machine, as everything does
     # The best of three: other processes make a loop wait too.
-    assert min(asyncio.run(run()) for _ in range(3)) < 0.2
+    assert min(asyncio.run(run()) for _ in range(3)) < decoding / 2

@@ -192,6 +192,17 @@ def test_options_that_would_do_nothing_are_refused_by_name(
     assert message in error(post(server, f"/api/v1/{path}", **body))["message"]
 
 
+def test_every_route_takes_a_role(server: Server) -> None:
+    prompted = data(post(server, "/v1/embeddings", model="d", input="a", input_type="query"))[0]["embedding"]
+    plain = data(post(server, "/v1/embeddings", model="d", input="a", input_type="document"))[0]["embedding"]
+    assert not np.allclose(prompted, plain, atol=1e-3)
+    for route, body in (("/embed", {"texts": ["a"]}), ("/api/v1/embeddings", {"texts": ["a"]})):
+        reply = post(
+            server, route, model="d", input_type="query", **body, **({"normalize": False} if route == "/embed" else {})
+        )
+        np.testing.assert_allclose(reply.json()["embeddings"][0], prompted, atol=1e-6)
+
+
 def test_the_unified_api_lists_the_models(server: Server) -> None:
     listed = server.client.get("/api/v1/models").json()["data"]
     assert [each["id"] for each in listed] == ["dense", "sparse", "reranker", "pages", "bge-m3", "broken"]

@@ -210,6 +210,15 @@ def test_offline_it_only_checks_and_says_what_is_missing(machine: Machine, hub: 
     assert hub.requests == []
 
 
+def test_the_models_of_a_file_are_preloaded(machine: Machine, hub: Hub) -> None:
+    hub.files["acme/small"] = SMALL
+    file = machine.folder / "models.yaml"
+    file.write_text(f"models: {{small: {{name: acme/small}}, mini: {{name: {MINILM}}}}}")
+    done = machine.preload("--config", str(file), hub=hub, HF_HUB_OFFLINE="")
+    assert done.returncode == 0, done.stderr
+    assert "acme/small (revision" in done.stdout and f"{MINILM} (in an installed package)" in done.stdout
+
+
 def test_without_a_model_nothing_happens(machine: Machine) -> None:
     done = machine.preload(MLX_EMBEDDINGS_MODEL="", MLX_EMBEDDINGS_ADAPTER="")
     assert done.returncode == 0 and "no model was named" in done.stdout

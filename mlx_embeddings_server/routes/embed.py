@@ -74,6 +74,7 @@ def _contents(field: str, value: Any, info: ModelInfo, max_inputs: int) -> list[
 
 def _options(body: EmbedRequest) -> EmbedOptions:
     return EmbedOptions(
+        input_type=body.input_type,
         prompt_name=body.prompt_name,
         truncate=truncate_of(True if body.truncate is None else body.truncate, body.truncation_direction),
         dimensions=body.dimensions,

@@ -30,5 +30,6 @@ class EmbedRequest(BaseModel):
         None, description="TEI: the side that is cut. Default: right."
     )
     prompt_name: str | None = Field(None, description="TEI: one of the checkpoint's prompts.")
+    input_type: Literal["query", "document"] | None = Field(None, description="Picks the model's prompt.")
     dimensions: int | None = Field(None, ge=1, description="TEI: keep so many leading dimensions.")
     model: str | None = Field(None, description="A served id or alias. Default: the first that is served.")
