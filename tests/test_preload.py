@@ -1,6 +1,6 @@
 """scripts/preload_model.py: what it has downloaded is served by a server that reaches nothing but this machine.
 
-The Hub is the local server of test_hub.py, which is ended before the models are served.
+The Hub is the local server of tests/hub.py, which is ended before the models are served.
 """
 
 import importlib.util
@@ -24,9 +24,10 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from tests.conftest import DATA
+from tests.hub import COMMIT, Hub, files_of
 from tests.server import MINILM, Server
 from tests.test_containers import stages
-from tests.test_hub import COMMIT, NOWHERE, Hub, files_of
+from tests.test_hub import NOWHERE
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "preload_model.py"
 SPECTER2 = DATA / "specter2"
