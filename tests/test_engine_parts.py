@@ -1,6 +1,8 @@
-"""A request whose items get ready one after the other, as images do."""
+"""A request whose items get ready one after the other, as images do; and turns on a device."""
 
 import asyncio
+import threading
+import time
 
 import pytest
 from numpy.testing import assert_array_equal
@@ -8,6 +10,7 @@ from numpy.testing import assert_array_equal
 from mlx_embeddings_backends.base import Item, Prepared
 from mlx_embeddings_server.engine.engine import Engine
 from mlx_embeddings_server.engine.queue import QueueFull
+from mlx_embeddings_server.engine.turns import Turns
 from mlx_embeddings_server.engine.worker import InferenceFailed
 from tests.engines import embed, expected, hold, loaded, observed, run, until
 from tests.scripted import ScriptedBackend
@@ -86,3 +89,24 @@ def test_an_item_that_fails_is_told_before_the_last_is_ready() -> None:
 
     with loaded() as engine:
         run(work(engine))
+
+
+def test_turns_are_given_in_the_order_of_asking() -> None:
+    turns, given = Turns(), list[int]()
+
+    def take(number: int) -> None:
+        turns.take()
+        given.append(number)
+        turns.pass_on()
+
+    turns.take()
+    assert not turns.take_if_free()
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)  # until it waits
+    turns.pass_on()
+    for thread in threads:
+        thread.join(10)
+    assert given == [0, 1, 2, 3, 4]
+    assert turns.take_if_free()

@@ -117,11 +117,12 @@ def test_whoever_runs_the_server_may_load_at_once_what_failed(tmp_path: Path) ->
 
 
 def test_an_idle_model_is_unloaded_and_loaded_again(tmp_path: Path) -> None:
-    with models_server(tmp_path, {"idle": {"keep_alive": 1}, "stays": {}}) as server:
+    models = {"idle": {"keep_alive": 1}, "stays": {}, "pinned": {"pinned": True, "keep_alive": 0}}
+    with models_server(tmp_path, models) as server:
         for name in ("stays", "idle"):
             assert is_right(server.embed("x", name), "x")
         until(lambda: state(server, "idle") == "unloaded")
-        assert state(server, "stays") == "ready"
+        assert state(server, "stays") == state(server, "pinned") == "ready"
         described = server.client.get("/v1/models/idle").json()
         assert described["dimensions"] == 8 and not described["loaded"]
         assert is_right(server.embed("y", "idle"), "y")
