@@ -30,7 +30,13 @@ class Runtime:
         """`unavailable` while a model that is to be loaded cannot answer. One that may be unloaded is loaded again."""
         if self.draining:
             return "draining"
-        states = {model.state for model in self.models if model.spec.pinned or model.state == "restarting"}
+        # A pinned one that was unloaded by request is loaded by the next: it has been seen to work.
+        states = {
+            model.state
+            for model in self.models
+            if model.state == "restarting"
+            or (model.spec.pinned and (model.known_info is None or model.state in ("dead", "failed", "stopped")))
+        }
         if states <= {"ready"}:
             return "ok"
         return "starting" if states <= {"ready", "starting", "unloaded"} else "unavailable"

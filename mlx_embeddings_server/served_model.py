@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ Load = Callable[[detect.Choice, Path, LoadOptions], Backend]
 Result = TypeVar("Result")
 State = WorkerState | Literal["unloaded", "loading", "unloading", "failed"]
 
+_WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth"))
 # Seconds before a load that failed is tried again, doubled with each failure in a row, and the most.
 FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 300.0
@@ -60,13 +62,13 @@ class Found:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the files, which is about what the model will take."""
+        """Of the files, which is about what the model will take. Many folders have the same weights as pickles, too."""
         checkpoint = self.checkpoint
         folders = {checkpoint.folder, *([checkpoint.base] if checkpoint.base else ()), *checkpoint.adapters.values()}
-        suffixes = (".safetensors", ".bin", ".pt", ".pth")
-        return sum(
-            file.stat().st_size for folder in folders for file in folder.rglob("*") if file.name.endswith(suffixes)
-        )
+        sizes: defaultdict[Path, dict[bool, int]] = defaultdict(lambda: {True: 0, False: 0})
+        for file in {file for folder in folders for file in folder.rglob("*") if file.suffix in _WEIGHTS}:
+            sizes[file.parent][file.suffix == ".safetensors"] += file.stat().st_size
+        return sum(of_folder[True] or of_folder[False] for of_folder in sizes.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,6 +192,11 @@ def test_options_that_would_do_nothing_are_refused_by_name(
     assert message in error(post(server, f"/api/v1/{path}", **body))["message"]
 
 
+def test_an_option_and_the_field_that_means_the_same_exclude_each_other(server: Server) -> None:
+    body = {"model": "dense", "input": "a", "prompt": "x", "options": {"prompt": "y"}}
+    assert "exclude each other" in error(post(server, "/api/v1/embeddings", **body))["message"]
+
+
 def test_every_route_takes_a_role(server: Server) -> None:
     prompted = data(post(server, "/v1/embeddings", model="d", input="a", input_type="query"))[0]["embedding"]
     plain = data(post(server, "/v1/embeddings", model="d", input="a", input_type="document"))[0]["embedding"]

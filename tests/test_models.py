@@ -11,6 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
+from mlx_embeddings_server.registry import ModelSpec
+from mlx_embeddings_server.served_model import Found
 from tests.conftest import DATA
 from tests.scripted import vector
 from tests.scripted_models import loads, models_server
@@ -140,6 +142,7 @@ def test_unloading_waits_for_what_is_in_flight_and_those_who_come_meanwhile_are_
         late = threads.submit(server.embed, "late", "model")
         assert is_right(running.result(), "work 1")
         assert unloading.result().status_code == 200
+        assert server.client.get("/health").status_code == 200  # or it would get no request that loads it again
         assert is_right(late.result(), "late")
         assert loads(tmp_path, "model") == 2
 
@@ -167,6 +170,14 @@ def test_a_model_that_never_fits_is_refused_and_takes_nobodys_room(tmp_path: Pat
         server.wait_for_log("large could not be loaded.*--max-memory")
         assert state(server, "large") == "failed"
         assert is_right(server.embed("x", "pinned"), "x") and is_right(server.embed("x", "small"), "x")
+
+
+def test_weights_that_a_folder_has_twice_are_reckoned_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "2_Dense").mkdir()
+    for name, size in (("model.safetensors", 100), ("pytorch_model.bin", 110), ("2_Dense/pytorch_model.bin", 7)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert Found.of(ModelSpec(None, str(tmp_path))).weight_bytes == 107
 
 
 def test_models_that_do_not_fit_together_take_turns(tmp_path: Path, threads: ThreadPoolExecutor) -> None:

@@ -141,7 +141,7 @@ class Backend(ABC):
         """
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's tokens, as its tokenizer writes them. For sparse output."""
+        """The vocabulary's tokens, as its tokenizer writes them. Only models of sparse output are asked."""
         raise NotImplementedError
 
     def warm_up(self) -> None:

@@ -37,8 +37,10 @@ async def rerank(request: Request) -> Response:
 
 async def answer(request: Request, body: RerankRequest) -> Response:
     runtime = runtime_of(request)
-    field = "texts" if body.documents is None and body.texts is not None else "documents"
-    given = body.texts if field == "texts" else body.documents
+    if body.documents is not None and body.texts is not None:
+        raise InvalidRequest("documents and texts exclude each other: send one of them", param="texts")
+    field = "documents" if body.texts is None else "texts"
+    given = body.documents if body.texts is None else body.texts
     if given is None:
         raise InvalidRequest("documents is missing", param="documents", code="missing_required_parameter")
     model = runtime.models.get(body.model) if body.model is not None else _first_reranker(runtime.models)

@@ -83,5 +83,8 @@ def with_options(body: Request) -> Request:
             raise InvalidRequest(
                 f"options.{quoted(name)} means nothing here; known: {known}", param="options", code="invalid_value"
             )
-        setattr(body, body.option_fields[name], value)
+        field = body.option_fields[name]
+        if getattr(body, field) is not None:
+            raise InvalidRequest(f"options.{name} and {field} exclude each other: send one of them", param="options")
+        setattr(body, field, value)
     return body

@@ -103,6 +103,7 @@ def _class_of(name: str) -> Any:
 class StaticEmbedding(SparseStaticEmbedding):
     """Reads its files from its own folder: the library looks for a JSON of weights where the process was started."""
 
+    # Of the library's parameters those that are for downloads come to nothing here.
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **_: Any) -> Self:  # type: ignore[override]
         root = Path(model_name_or_path)
