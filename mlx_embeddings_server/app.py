@@ -50,7 +50,6 @@ def create_app(settings: Settings, *, load: Load = detect.load) -> FastAPI:
     )
     service = EmbeddingService(
         metrics,
-        truncate=settings.truncate,
         dimensions_policy=settings.dimensions_policy,
         token_decoder=_token_decoder(settings.token_encoding),
         image_loader=image_loader,

@@ -12,10 +12,11 @@ from mlx_embeddings_backends.base import EncodedImage, Item, Pair, Role, Truncat
 from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.parse import Content
 from mlx_embeddings_server.metrics import Metrics
+from mlx_embeddings_server.options import EmbedOptions, prompt_of, wrong_type
 from mlx_embeddings_server.pooling import normalized
 from mlx_embeddings_server.providers.local import Timings, Vectors
 from mlx_embeddings_server.served_model import ServedModel
-from mlx_embeddings_server.service import EmbeddingService, EmbedOptions, prompt_of, wrong_type
+from mlx_embeddings_server.service import EmbeddingService
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class ModelSpec:
     prompts: Mapping[str, str] = field(default_factory=dict)  # beside the checkpoint's own, or in their place
     max_batch_tokens: int | None = None
     max_image_tokens: int | None = None
-    truncate: Truncate | None = None
+    truncate: Truncate = "none"
     allow_unverified: bool = False
     pinned: bool = False  # loaded at the start, and never unloaded to make room
     keep_alive: float | None = None  # seconds without a request after which it is unloaded; None: never

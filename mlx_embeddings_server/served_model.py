@@ -314,8 +314,10 @@ class ServedModel:
         try:
             while self.users and provider.engine.state != "dead":
                 await self._idle.wait()
-            await asyncio.to_thread(self._end, provider)
-            self._provider = None
+            try:
+                await asyncio.to_thread(self._end, provider)
+            finally:
+                self._provider = None  # whatever its end was, it answers nothing any more
         finally:
             self._is_leaving = False
         self._parts.metrics.observe_unload(self.name)

@@ -15,61 +15,31 @@ from mlx_embeddings_backends.base import (
     ModelInfo,
     Output,
     PatchGrid,
-    Role,
     Row,
     SparseVector,
     Truncate,
     Vector,
 )
-from mlx_embeddings_server.errors import InvalidRequest, quoted
 from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.images import ImageLoader
 from mlx_embeddings_server.inputs.parse import Content, ImageSource
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder
 from mlx_embeddings_server.metrics import Metrics
-from mlx_embeddings_server.pooling import Pool, normalized, pool_patches, pool_tokens
+from mlx_embeddings_server.options import (
+    EmbedOptions,
+    adapter_of,
+    check_pooling,
+    check_prompt_has_text,
+    invalid_value,
+    outputs_of,
+    prompt_of,
+)
+from mlx_embeddings_server.pooling import normalized, pool_patches, pool_tokens
 from mlx_embeddings_server.providers.local import Timings, Vectors
 from mlx_embeddings_server.served_model import ServedModel
 from mlx_embeddings_server.settings import DimensionsPolicy
 
-# The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
-_ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
-# The adapter that takes a role's inputs where there is one of that name (SPECTER2's); else the default does.
-_ROLE_ADAPTERS: dict[Role, str] = {"query": "adhoc_query"}
-# Where a model of each kind is asked.
-_ROUTES: dict[Output, str] = {
-    "dense": "/v1/embeddings",
-    "multi_vector": "/v1/embeddings",
-    "sparse": "/v1/embed_sparse",
-    "rerank": "/v1/rerank",
-}
 _MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
-
-
-@dataclass(frozen=True, slots=True)
-class EmbedOptions:
-    """What the caller wants. None: the model's or the server's own default."""
-
-    input_type: Role | None = None
-    prompt: str | None = None
-    prompt_name: str | None = None
-    adapter: str | None = None
-    truncate: Truncate | None = None
-    dimensions: int | None = None
-    normalize: bool | None = None
-    pool: Pool | None = None
-    token_pool_factor: int | None = None
-    with_patches: bool = False
-    outputs: tuple[Output, ...] | None = None
-    max_active_dims: int | None = None  # of a sparse vector: its largest values
-
-    @property
-    def role(self) -> Role | None:
-        """What texts are embedded as, said by `input_type` or by a prompt of that name."""
-        match self.prompt_name:
-            case "query" | "document":
-                return self.prompt_name
-        return self.input_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +75,12 @@ class EmbeddingService:
         self,
         metrics: Metrics,
         *,
-        truncate: Truncate,
         dimensions_policy: DimensionsPolicy,
         token_decoder: TokenDecoder | None,
         image_loader: ImageLoader,
     ) -> None:
         self.dimensions_policy = dimensions_policy
         self._metrics = metrics
-        self._truncate = truncate
         self._token_decoder = token_decoder
         self._image_loader = image_loader
 
@@ -121,11 +89,11 @@ class EmbeddingService:
     ) -> Embeddings:
         """Duplicates are computed once. `field` is what the request calls the contents, for messages."""
         info = model.info
-        wanted = _wanted(model, options)
+        wanted = outputs_of(model, options)
         self._check_dimensions(info, options.dimensions)
-        _check_pooling(wanted, options, contents, field)
-        prompt, adapter = prompt_of(info, options), _adapter(info, options)
-        _check_prompt_has_text(contents, prompt, options, field)
+        check_pooling(wanted, options, contents, field)
+        prompt, adapter = prompt_of(info, options), adapter_of(info, options)
+        check_prompt_has_text(contents, prompt, options, field)
         contents = await self._decode_token_ids(contents, field)
         loaded = await self.load_images(contents, field)
         places: dict[str | tuple[int, ...] | EncodedImage, int] = {}
@@ -169,7 +137,7 @@ class EmbeddingService:
     ) -> Vectors:
         """The model's raw rows. `errors` turns what goes wrong into `ApiError`s."""
         with errors:
-            vectors = await model.provider.embed(items, truncate or model.spec.truncate or self._truncate)
+            vectors = await model.provider.embed(items, truncate or model.spec.truncate)
         self._metrics.queue_seconds.labels(model.name).observe(vectors.timings.queue_seconds)
         return vectors
 
@@ -202,7 +170,7 @@ class EmbeddingService:
     def _check_dimensions(self, info: ModelInfo, wanted: int | None) -> None:
         most = {"reduce": info.dimensions, "pad": _MOST_DIMENSIONS}.get(self.dimensions_policy)
         if wanted is not None and most is not None and wanted > most:
-            raise _invalid(
+            raise invalid_value(
                 f"dimensions is {wanted}, the most is {most} (the model's vectors have {info.dimensions})", "dimensions"
             )
 
@@ -212,27 +180,6 @@ class EmbeddingService:
         if wanted is not None and self.dimensions_policy != "ignore":
             rows = np.pad(rows[:, :wanted], ((0, 0), (0, max(0, wanted - rows.shape[1]))))
         return normalized(rows) if (info.normalize if options.normalize is None else options.normalize) else rows
-
-
-def _wanted(model: ServedModel, options: EmbedOptions) -> tuple[Output, ...]:
-    """The kinds of vector that the reply is to have, each once."""
-    info = model.info
-    if options.outputs is None:
-        if info.output == "sparse":
-            raise wrong_type(model, "gives sparse vectors: ask /v1/embed_sparse")
-        if info.output == "rerank":
-            raise wrong_type(model, "scores a query's documents: ask /v1/rerank")
-        return (info.output,)
-    for output in options.outputs:
-        if output not in info.outputs:
-            if options.outputs == ("sparse",):
-                raise wrong_type(model, f"gives no sparse vectors: ask {_ROUTES[info.output]}")
-            raise _invalid(f"the model gives {' and '.join(info.outputs)}, not {output}", "outputs")
-    return tuple(dict.fromkeys(options.outputs))
-
-
-def wrong_type(model: ServedModel, what_it_does: str) -> InvalidRequest:
-    return InvalidRequest(f"the model {model.name!r} {what_it_does}", param="model", code="wrong_model_type")
 
 
 def _of(output: Output, rows: Sequence[Row], *, is_named: bool) -> list[NDArray[np.float32]]:
@@ -266,69 +213,3 @@ async def _pooled(
         rows = await asyncio.to_thread(lambda: [pool_tokens(normalized(rows), factor) for rows in each])
         return rows, [None] * len(rows)
     return each, patches
-
-
-def _check_pooling(wanted: Sequence[Output], options: EmbedOptions, contents: Sequence[Content], field: str) -> None:
-    """`pool`, `token_pool_factor` and `include` where they mean something."""
-    asked = [name for name in ("token_pool_factor", "pool") if getattr(options, name) is not None]
-    if "multi_vector" not in wanted and (asked or options.with_patches):
-        param = asked[0] if asked else "include"
-        raise _invalid(f"{param} is for multi-vector models, and for outputs with multi_vector", param)
-    if len(asked) > 1:
-        raise _invalid("token_pool_factor and pool exclude each other: send one of them", "pool")
-    if asked and options.normalize is False:
-        raise _invalid(f"{asked[0]} gives vectors of length 1: leave normalize out", "normalize")
-    if options.with_patches and (options.token_pool_factor or 1) > 1:
-        raise _invalid("clusters of tokens are no patches: leave include out, or token_pool_factor", "include")
-    if options.pool is not None:
-        for index, content in enumerate(contents):
-            if not isinstance(content, ImageSource):
-                raise _invalid(f"pool is over an image's patches, and {field}[{index}] is no image", "pool")
-
-
-def prompt_of(info: ModelInfo, options: EmbedOptions) -> str:
-    """The text put before each input."""
-    asked = [name for name in ("input_type", "prompt", "prompt_name") if getattr(options, name) is not None]
-    if len(asked) > 1:
-        raise _invalid(f"{' and '.join(asked)} exclude each other: send one of them", asked[1])
-    if options.prompt is not None:
-        return options.prompt
-    if options.prompt_name is not None:
-        if options.prompt_name not in info.prompts:
-            known = ", ".join(info.prompts) or "none"
-            raise _invalid(
-                f"prompt_name {quoted(options.prompt_name)} is not among the model's prompts: {known}", "prompt_name"
-            )
-        return info.prompts[options.prompt_name]
-    if options.input_type is not None:
-        prompts = (info.prompts.get(name) for name in _ROLE_PROMPTS[options.input_type])
-        return next((prompt for prompt in prompts if prompt), "")
-    return info.prompts[info.default_prompt] if info.default_prompt else ""
-
-
-def _adapter(info: ModelInfo, options: EmbedOptions) -> str | None:
-    """None: the model's default."""
-    if options.adapter is not None:
-        if options.adapter not in info.adapters:
-            known = ", ".join(info.adapters) or "none"
-            raise _invalid(f"adapter {quoted(options.adapter)} is not among the model's adapters: {known}", "adapter")
-        return options.adapter
-    wanted = _ROLE_ADAPTERS.get(options.role) if options.role else None
-    return wanted if wanted in info.adapters else None
-
-
-def _check_prompt_has_text(contents: Sequence[Content], prompt: str, options: EmbedOptions, field: str) -> None:
-    """A prompt that was asked for must not get lost."""
-    asked = options.input_type or options.prompt or options.prompt_name
-    if prompt and asked and any(isinstance(content, tuple) for content in contents):
-        raise _invalid(
-            "a prompt cannot be put before token ids: send texts, or put the prompt's tokens into the ids", field
-        )
-    if options.prompt and any(isinstance(content, ImageSource) for content in contents):
-        raise _invalid(
-            'a prompt is put before texts: to give an image a text, send {"image": ..., "text": ...}', "prompt"
-        )
-
-
-def _invalid(message: str, param: str) -> InvalidRequest:
-    return InvalidRequest(message, param=param, code="invalid_value")

@@ -8,6 +8,7 @@ from mlx_embeddings_backends.base import ModelInfo
 from mlx_embeddings_server.codec import encode_inputs, vector_list
 from mlx_embeddings_server.errors import InvalidRequest
 from mlx_embeddings_server.inputs.parse import Content, parse_input
+from mlx_embeddings_server.options import EmbedOptions
 from mlx_embeddings_server.routes.replies import embedding_headers, joined
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
@@ -18,7 +19,7 @@ from mlx_embeddings_server.routes.requests import (
     truncate_of,
 )
 from mlx_embeddings_server.schemas.embed import EmbedRequest
-from mlx_embeddings_server.service import Embeddings, EmbedOptions
+from mlx_embeddings_server.service import Embeddings
 
 router = APIRouter(tags=["OpenCLIP service, TEI"], route_class=KeyedRoute)
 

@@ -14,6 +14,7 @@ from mlx_embeddings_backends.base import PatchGrid
 from mlx_embeddings_server.codec import embedding_list, encode_inputs, quantize, sparse_value, vector_list
 from mlx_embeddings_server.errors import InvalidRequest
 from mlx_embeddings_server.inputs.parse import parse_input
+from mlx_embeddings_server.options import EmbedOptions
 from mlx_embeddings_server.routes.replies import embedding_headers, joined, usage
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
@@ -25,7 +26,7 @@ from mlx_embeddings_server.routes.requests import (
 )
 from mlx_embeddings_server.schemas.openai import EmbeddingsRequest
 from mlx_embeddings_server.served_model import ServedModel
-from mlx_embeddings_server.service import Embeddings, EmbedOptions, Table
+from mlx_embeddings_server.service import Embeddings, Table
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=KeyedRoute)
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from mlx_embeddings_server.codec import embedding_list, sparse_value
 from mlx_embeddings_server.inputs.parse import parse_input
+from mlx_embeddings_server.options import EmbedOptions
 from mlx_embeddings_server.routes.replies import account_headers, joined, usage
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
@@ -17,7 +18,7 @@ from mlx_embeddings_server.routes.requests import (
     truncate_of,
 )
 from mlx_embeddings_server.schemas.sparse import SparseRequest
-from mlx_embeddings_server.service import Embeddings, EmbedOptions
+from mlx_embeddings_server.service import Embeddings
 
 router = APIRouter(tags=["Sparse"], route_class=KeyedRoute)
 
