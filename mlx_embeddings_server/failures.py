@@ -12,6 +12,7 @@ from mlx_embeddings_backends.errors import (
     InvalidImage,
     InvalidTokenId,
     MissingEndToken,
+    QueryTooLong,
     ReservedTokenId,
 )
 from mlx_embeddings_server.engine.queue import QueueFull
@@ -50,6 +51,12 @@ def as_api_errors(field: str, place_of: Sequence[int]) -> Iterator[None]:
 
 def _invalid_input(error: InputError, field: str, indexes: Mapping[int, Sequence[int]]) -> InvalidInput:
     """`indexes` has, for an item's place, the inputs that it came from."""
+    if isinstance(error, QueryTooLong):
+        message = (
+            f"leaves no room for a document of the {error.max_tokens} tokens that the model takes, and only documents "
+            "are ever cut: send a shorter one"
+        )
+        return InvalidInput("query", message, code="input_too_long")
     if isinstance(error, InputTooLong):
         return _too_long(error, field, indexes)
     match error:

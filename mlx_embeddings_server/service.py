@@ -100,7 +100,10 @@ class EmbeddingService:
         place_of = [places.setdefault(content, len(places)) for content in loaded]
         named = wanted if len(info.outputs) > 1 else ()
         # Token ids and images carry no prompt: the model's default one is for texts.
-        items = [Item(each, prompt if isinstance(each, str) else "", options.role, adapter, named) for each in places]
+        items = [
+            Item(each, prompt if isinstance(each, str) else "", options.role, adapter, named, options.max_active_dims)
+            for each in places
+        ]
         vectors = await self.run(model, items, options.truncate, as_api_errors(field, place_of))
         accounts = [vectors.accounts[place] for place in place_of]
         prompt_tokens = sum(account.tokens for account in accounts)

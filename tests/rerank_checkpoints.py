@@ -1,4 +1,6 @@
-"""Tiny rerankers with random weights: `*ForSequenceClassification`, and as sentence-transformers saves them."""
+"""Tiny rerankers with random weights: `*ForSequenceClassification`, language models; and as sentence-transformers saves
+them.
+"""
 
 import json
 from pathlib import Path
@@ -6,11 +8,13 @@ from typing import Any
 
 import torch
 from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
 from tokenizers import processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from tests.checkpoints import CONFIGS, TOKENIZERS, shake, tokenizer
+from tests.checkpoints import CONFIGS, MAX_TOKENS, TOKENIZERS, shake, tokenizer
 
 # What the tokenizers of published checkpoints put around a pair; and whether they tell the two texts apart by types.
 _BERT = "[CLS] $A [SEP] $B:1 [SEP]:1"
@@ -64,6 +68,66 @@ def cross_encoder(folder: Path, activation: nn.Module | None = None, **options: 
     model = CrossEncoder(str(bare), device="cpu", local_files_only=True, activation_fn=activation, **options)
     model.save_pretrained(str(folder / "model"), create_model_card=False)
     return folder / "model"
+
+
+# A template of the kind that rerankers are published with: roles of its own, an answer begun at its end.
+CHAT = (
+    "{%- set ns = namespace(task='Find what answers the query.') -%}"
+    "{%- for m in messages if m.role == 'system' %}{% set ns.task = m.content %}{% endfor -%}"
+    "<|start|>system\nSay yes or no.<|end|>\n<|start|>user\n<Task>: {{ ns.task }}\n"
+    "<Query>: {{ messages | selectattr('role', 'eq', 'query') | map(attribute='content') | first }}\n"
+    "<Document>: {{ messages | selectattr('role', 'eq', 'document') | map(attribute='content') | first }}"
+    "<|end|>\n<|start|>assistant\n"
+)
+
+CHAT_TOKENS = 256  # it takes some 150 of the tiny tokenizers' itself
+
+
+def language_model(folder: Path, model_type: str = "qwen3", *, chat: str | None = None, **config: Any) -> Path:
+    """A bare `*ForCausalLM` in `folder`, with a chat template or without. Returns `folder`."""
+    own = tokenizer(model_type, model_max_length=config.get("max_position_embeddings", MAX_TOKENS))
+    own.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    own.chat_template = chat
+    sizes = {"vocab_size": len(own), "pad_token_id": own.pad_token_id, **CONFIGS[model_type], **config}
+    settings: Any = AutoConfig.for_model(model_type, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        of: Any = AutoModelForCausalLM.from_config  # which has no types
+        model = of(settings)
+        shake(model)
+    model.save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
+def causal_reranker(
+    folder: Path,
+    model_type: str = "qwen3",
+    *,
+    chat: str | None = None,
+    true_token_id: int = 40,
+    false_token_id: int | None = 50,
+    processing: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """A language model and LogitScore, as sentence-transformers saves them. `options` are `CrossEncoder`'s."""
+    bare = language_model(folder / "bare", model_type, chat=chat, **config)
+    model = CrossEncoder(
+        modules=[
+            Transformer(str(bare), transformer_task="text-generation", processing_kwargs=processing or {}),
+            LogitScore(true_token_id, false_token_id),
+        ],
+        device="cpu",
+        **(options or {}),
+    )
+    model.save_pretrained(str(folder / "model"), create_model_card=False)
+    return folder / "model"
+
+
+def chat_reranker(folder: Path, model_type: str = "qwen3", **options: Any) -> Path:
+    """`causal_reranker` with CHAT and room for it."""
+    return causal_reranker(folder, model_type, max_position_embeddings=CHAT_TOKENS, **{"chat": CHAT, **options})
 
 
 def change(folder: Path, name: str, **values: object) -> Path:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Router, Transformer
-from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder, SparseStaticEmbedding, SpladePooling
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from tests.checkpoints import CONFIGS, WORDS, shake, tokenizer
+from tests.checkpoints import CONFIGS, HIDDEN, WORDS, bare_encoder, shake, tokenizer
 
 POOLINGS = [(strategy, activation) for strategy in ("max", "sum") for activation in ("relu", "log1p_relu")]
 
@@ -48,6 +49,61 @@ def splade(
     bare = masked_language_model(folder / "bare", model_type)
     modules = [_transformer(bare, max_seq_length), _pooling(pooling, activation), *after]
     return save(folder / "model", modules, **saved)
+
+
+def csr(
+    folder: Path,
+    model_type: str = "bert",
+    *,
+    pooling: str | tuple[str, ...] = "mean",
+    include_prompt: bool = True,
+    before: Sequence[nn.Module] = (),
+    after: Sequence[nn.Module] = (),
+    encoder: SparseAutoEncoder | None = None,
+    max_seq_length: int | None = None,
+    tokenizer_options: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+    **saved: Any,
+) -> Path:
+    """Transformer, Pooling with modules `before` and `after` it, SparseAutoEncoder. `saved` are SparseEncoder's own."""
+    modules = dense_modules(
+        folder,
+        model_type,
+        pooling=pooling,
+        include_prompt=include_prompt,
+        max_seq_length=max_seq_length,
+        tokenizer_options=tokenizer_options,
+        **(config or {}),
+    )
+    modules = [modules[0], *before, modules[1], *after, encoder or auto_encoder()]
+    return save(folder / "model", modules, **saved)
+
+
+def dense_modules(
+    folder: Path,
+    model_type: str = "bert",
+    *,
+    pooling: str | tuple[str, ...] = "mean",
+    include_prompt: bool = True,
+    max_seq_length: int | None = None,
+    **config: Any,
+) -> list[Any]:
+    bare = bare_encoder(folder / "bare", model_type, **config)
+    return [
+        Transformer(str(bare), max_seq_length=max_seq_length),
+        Pooling(HIDDEN, pooling, include_prompt=include_prompt),
+    ]
+
+
+def auto_encoder(
+    dim: int = HIDDEN, hidden_dim: int = 96, k: int = 12, *, normalize: bool = False, seed: int = 3
+) -> SparseAutoEncoder:
+    """With seeded weights. Some of the k largest are below zero where k is more than about half of `hidden_dim`."""
+    module = SparseAutoEncoder(dim, hidden_dim, k, normalize=normalize)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shake(module)
+    return module
 
 
 def inference_free(

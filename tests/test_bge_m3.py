@@ -176,7 +176,7 @@ def test_a_sparse_vector_names_its_tokens(backend: Backend) -> None:
     assert (np.diff(found.indices) > 0).all() and (found.values > 0).all()
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     assert backend.token_strings(found.indices.tolist()) == [tokenizer.id_to_token(each) for each in found.indices]
-    assert "▁river" in backend.token_strings(found.indices.tolist())
+    assert "▁river" in (backend.token_strings(found.indices.tolist()) or [])
     assert backend.token_strings([10**6]) == [""]
 
 

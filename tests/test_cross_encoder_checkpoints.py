@@ -67,7 +67,9 @@ def test_rerankers_of_other_modules_are_refused_by_name(tmp_path: Path) -> None:
     modules = json.loads((folder / "modules.json").read_text())
     kind = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
     write(folder, "modules.json", [*modules, {"idx": 1, "name": "1", "path": "1_LogitScore", "type": kind}])
-    with pytest.raises(UnsupportedModel, match="asks a language model for a yes or a no"):
+    (folder / "1_LogitScore").mkdir()
+    write(folder / "1_LogitScore", "config.json", {"true_token_id": 1})
+    with pytest.raises(UnsupportedModel, match="config.json is of a .*, and modules.json puts LogitScore behind it"):
         detect.choose(folder)
     kind = "sentence_transformers.models.Pooling"
     write(folder, "modules.json", [*modules, {"idx": 1, "name": "1", "path": "1_Pooling", "type": kind}])

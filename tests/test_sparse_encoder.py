@@ -1,21 +1,18 @@
 """Sparse encoders beside sentence-transformers' SparseEncoder, from the same tiny folders."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
-from sentence_transformers import SparseEncoder
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from torch import nn
 
 from mlx_embeddings_backends import detect
-from mlx_embeddings_backends.base import Backend, Item, LoadOptions, Role, SparseVector, Truncate
+from mlx_embeddings_backends.base import Backend, Item, LoadOptions, Role, SparseVector
 from mlx_embeddings_backends.errors import EmptyInput, InputTooLong, InvalidTokenId
 from mlx_embeddings_backends.torch import splade as splade_module
 from mlx_embeddings_backends.torch.splade import Projection
@@ -28,72 +25,16 @@ from tests.sparse_checkpoints import (
     splade,
     static,
     use_json_of_weights,
+    weights_of_tokens,
 )
+from tests.sparse_parity import TEXTS, TOLERANCE, check, cosines, dense, embed, expected, reference, rows, rows_singly
 
-TOLERANCE = 1e-5
 POOLED = SpladePooling()
-TEXTS = [
-    "river",
-    "the quick brown fox jumps over the lazy dog",
-    "Stone and light, silent and broken: the mountain in winter.",
-    "unknownly spelled wörds",
-    " ".join(WORDS[:40]),
-    "a golden letter",
-    "the sea",
-    "golden moon",  # as long as the one before
-]
-
-Rows = NDArray[np.float32]  # [texts, vocabulary]
 
 
 def load_bare(folder: Path) -> Backend:
     choice = detect.choose(folder, kind="sparse-embeddings")
     return detect.load(choice, folder, LoadOptions(device="cpu", dtype="float32", kind="sparse-embeddings"))
-
-
-def reference(folder: Path) -> SparseEncoder:
-    return SparseEncoder(str(folder), device="cpu", local_files_only=True)
-
-
-def embed(backend: Backend, items: Sequence[Item | str], truncate: Truncate = "none") -> list[SparseVector]:
-    """All items in one batch."""
-    made = [item if isinstance(item, Item) else Item(item) for item in items]
-    vectors = backend.run(backend.collate(backend.prepare(made, truncate)))
-    return [cast(SparseVector, vector) for vector in vectors]
-
-
-def dense(vectors: Sequence[SparseVector], dimensions: int) -> Rows:
-    rows = np.zeros((len(vectors), dimensions), dtype=np.float32)
-    for row, vector in zip(rows, vectors, strict=True):
-        assert [vector.indices.dtype, vector.values.dtype] == [np.dtype(np.int32), np.dtype(np.float32)]
-        assert (np.diff(vector.indices) > 0).all() and vector.values.all()
-        row[vector.indices] = vector.values
-    return rows
-
-
-def rows(backend: Backend, items: Sequence[Item | str], truncate: Truncate = "none") -> Rows:
-    """All items in one batch."""
-    return dense(embed(backend, items, truncate), backend.info.dimensions)
-
-
-def rows_singly(backend: Backend, items: Sequence[Item | str]) -> Rows:
-    return np.concatenate([rows(backend, [item]) for item in items])
-
-
-def expected(library: SparseEncoder, texts: Sequence[str], role: Role | None = None, **options: Any) -> Rows:
-    encode: Any = {"query": library.encode_query, "document": library.encode_document, None: library.encode}[role]
-    tensor: torch.Tensor = encode(list(texts), convert_to_sparse_tensor=False, **options)
-    return cast(Rows, tensor.numpy())
-
-
-def check(backend: Backend, library: SparseEncoder, role: Role | None = None) -> None:
-    """All texts in a batch and each alone, and that both say which tokens they do not have."""
-    items = [Item(text, role=role) for text in TEXTS]
-    wanted = expected(library, TEXTS, role)
-    assert backend.info.dimensions == wanted.shape[1]
-    for found in (rows(backend, items), rows_singly(backend, items)):
-        np.testing.assert_allclose(found, wanted, atol=TOLERANCE, rtol=TOLERANCE)
-        assert np.maximum(np.abs(found), np.abs(wanted))[(found != 0) != (wanted != 0)].max(initial=0) < 1e-6
 
 
 @pytest.mark.parametrize("model_type", detect.SPARSE_ENCODERS)
@@ -162,7 +103,7 @@ def test_weights_of_an_idf_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     idf = use_json_of_weights(folder)
     backend = load(folder)
     [vector] = embed(backend, ["the end of the river"])
-    found = dict(zip(backend.token_strings(vector.indices.tolist()), vector.values.tolist(), strict=True))
+    found = dict(zip(backend.token_strings(vector.indices.tolist()) or [], vector.values.tolist(), strict=True))
     assert found == pytest.approx({"the": idf["the"], "of": idf["of"]})  # others are not in the file
     monkeypatch.chdir(folder)  # where the library looks for the file
     check(backend, reference(folder))
@@ -187,12 +128,20 @@ def test_only_as_many_values_are_kept_as_the_checkpoint_says(role: Role, tmp_pat
     check(backend, reference(folder), role)
 
 
+@pytest.mark.parametrize("most", [1, 3, 100])
+@pytest.mark.parametrize("role", ["query", "document"])
+def test_a_request_may_ask_for_fewer_values_or_more(role: Role, most: int, tmp_path: Path) -> None:
+    folder = inference_free(tmp_path, max_active_dims=5)
+    assert (weights_of_tokens("distilbert") < 0).any()  # of which the largest count, too
+    check(load(folder), reference(folder), role, max_active_dims=most)
+
+
 def test_token_strings_are_those_of_the_library(tmp_path: Path) -> None:
     folder = splade(tmp_path, "xlm-roberta")
     backend, library = load(folder), reference(folder)
     for vector, text in zip(embed(backend, TEXTS), TEXTS, strict=True):
         decoded: Any = library.decode(library.encode(text))
-        strings = backend.token_strings(vector.indices.tolist())
+        strings = backend.token_strings(vector.indices.tolist()) or []
         assert dict(zip(strings, vector.values.tolist(), strict=True)) == pytest.approx(dict(decoded), abs=TOLERANCE)
     assert backend.token_strings([]) == []
 
@@ -248,8 +197,7 @@ def test_half_precision_keeps_the_vectors(model_type: str, tmp_path: Path) -> No
     backend = load(folder, "bfloat16")
     for found in (rows(backend, TEXTS), rows_singly(backend, TEXTS)):
         assert not np.array_equal(found, wanted)
-        cosines = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
-        assert cosines.min() >= 0.9995
+        assert cosines(found, wanted).min() >= 0.9995
 
 
 @pytest.mark.parametrize("pooling", ["max", "sum"])

@@ -20,7 +20,7 @@ Kind = Literal["embeddings", "sparse-embeddings", "rerank"]
 
 @dataclass(frozen=True, slots=True)
 class SparseVector:
-    """The places of a vector that are not zero, of as many as the model's vocabulary has tokens."""
+    """The places of a vector that are not zero, of as many as the vocabulary has tokens or an auto-encoder learnt."""
 
     indices: NDArray[np.int32]  # [non-zeros], ascending
     values: NDArray[np.float32]  # [non-zeros]
@@ -98,6 +98,7 @@ class Item:
     role: Role | None = None  # what a text is embedded as, where the model makes a difference beyond the prompt
     adapter: str | None = None  # one of `ModelInfo.adapters`; None: the default
     outputs: tuple[Output, ...] = ()  # those of `ModelInfo.outputs` that are wanted, by name; none: the first, bare
+    max_active_dims: int | None = None  # of a sparse vector's largest values; None: as many as the checkpoint says
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +141,12 @@ class Backend(ABC):
         Raises `DeviceLost` when the device can compute no more.
         """
 
-    def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's tokens, as its tokenizer writes them. Only models of sparse output are asked."""
-        raise NotImplementedError
+    def token_strings(self, ids: Sequence[int]) -> list[str] | None:
+        """The vocabulary's tokens that dimensions of a sparse vector stand for, as its tokenizer writes them.
+
+        None, whatever the ids: they stand for none.
+        """
+        return None
 
     def warm_up(self) -> None:
         """Do now what would make the first requests slow. Called once, on the worker's thread."""

@@ -1,5 +1,6 @@
 """A checkpoint's own files decide which class loads it. Names map to import strings, which are resolved when chosen."""
 
+import gc
 import importlib
 import importlib.util
 import platform
@@ -8,9 +9,10 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, cast
 
-from mlx_embeddings_backends import adapterhub
+from mlx_embeddings_backends import adapterhub, rerankers
 from mlx_embeddings_backends.base import Backend, Kind, LoadOptions
 from mlx_embeddings_backends.errors import MissingDependency, UnsupportedModel
 from mlx_embeddings_backends.files import read_json, read_object, read_optional_object
@@ -23,6 +25,7 @@ _DEVICES: dict[BackendName, str] = {"torch": "torch.devices", "mlx": "mlx.device
 SENTENCE_TRANSFORMER = "mlx_embeddings_backends.torch.sentence_transformer:SentenceTransformerBackend"
 MLX_TEXT_ENCODER = "mlx_embeddings_backends.mlx.text_encoder:MlxTextEncoder"
 CROSS_ENCODER = "mlx_embeddings_backends.torch.cross_encoder:CrossEncoderBackend"
+CAUSAL_RERANKER = "mlx_embeddings_backends.torch.causal_reranker:CausalRerankerBackend"
 SPARSE_ENCODER = "mlx_embeddings_backends.torch.sparse_encoder:SparseEncoderBackend"
 
 # Text encoders by the `model_type` of their config.json, each held to sentence-transformers' own vectors by a test.
@@ -39,6 +42,8 @@ CROSS_ENCODERS = (
     "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta",
 )  # fmt: skip
 _SCORES = "ForSequenceClassification"
+# Language models of rerankers that are asked for a yes or a no, likewise.
+CAUSAL_RERANKERS = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 # Masked language models of sparse encoders, likewise.
 SPARSE_ENCODERS = (
     "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "ernie", "modernbert", "mpnet", "roberta",
@@ -50,6 +55,7 @@ VERIFIED: dict[BackendName, dict[str, str]] = {
     | {
         BGE_M3: "mlx_embeddings_backends.torch.bge_m3:BgeM3Backend",
         COLQWEN: "mlx_embeddings_backends.torch.colqwen2_5:TorchColQwen2_5",
+        "causal_reranker": CAUSAL_RERANKER,
         "clip": "mlx_embeddings_backends.torch.clip:TransformersClip",
         "cross_encoder": CROSS_ENCODER,
         "open_clip": "mlx_embeddings_backends.torch.open_clip:OpenClip",
@@ -63,13 +69,17 @@ VERIFIED: dict[BackendName, dict[str, str]] = {
         "siglip": "mlx_embeddings_backends.mlx.siglip:MlxSiglip",
     },
 }
+# By the end of the names of architectures that are more than a text encoder.
+_KINDS = {"causal_reranker": CAUSAL_RERANKER, "cross_encoder": CROSS_ENCODER, "sparse_encoder": SPARSE_ENCODER}
 # What the libraries below have beside those: no test here compares its vectors with anything.
 UNVERIFIED_MLX = dict.fromkeys(("gemma3_text", "lfm2"), MLX_TEXT_ENCODER)
 
 # Modules of modules.json, by class name. sentence-transformers imports whatever class a local folder names, its own
 # .py files too: nothing outside this list and that package gets so far.
 MODULES = ("Transformer", "Pooling", "Dense", "Normalize", "LayerNorm", "Dropout", "WeightedLayerPooling")
-SPARSE_MODULES = ("Transformer", "MLMTransformer", "SpladePooling", "SparseStaticEmbedding", "Router")
+SPARSE_MODULES = (
+    *MODULES, "MLMTransformer", "SpladePooling", "SparseAutoEncoder", "SparseStaticEmbedding", "Router",
+)  # fmt: skip
 
 
 # The libraries import their parts when these are first used, in circles: two threads at once find halves of modules.
@@ -137,6 +147,8 @@ def choose(
     elif kind == "sparse-embeddings" and not architecture.endswith("sparse_encoder"):
         architecture = _bare_sparse_encoder(folder, architecture)
     _check_kind(kind, architecture)
+    if kind == "rerank" and not (folder / "modules.json").exists():
+        rerankers.check_answers(folder / "config.json")
     if has_adapters and architecture not in adapterhub.ARCHITECTURES:
         known = ", ".join(adapterhub.ARCHITECTURES)
         raise UnsupportedModel(f"--adapter is for models of the architecture {known}, not {architecture!r}")
@@ -151,8 +163,7 @@ def choose(
     if name == "mlx":
         unverified = UNVERIFIED_MLX.get(architecture)
     else:
-        kinds = {"cross_encoder": CROSS_ENCODER, "sparse_encoder": SPARSE_ENCODER}
-        unverified = kinds.get(architecture.rpartition(" ")[2], SENTENCE_TRANSFORMER)
+        unverified = _KINDS.get(architecture.rpartition(" ")[2], SENTENCE_TRANSFORMER)
     if unverified is not None and allow_unverified:
         return Choice(unverified, name, reason, verified=False, architecture=architecture)
     raise UnsupportedModel(_refusal(architecture, name, has_unverified=unverified is not None))
@@ -161,6 +172,7 @@ def choose(
 def _check_kind(kind: Kind | None, architecture: str) -> None:
     """Whether the model is what the user calls it. Any model of dense or multi-vectors can rerank."""
     for suffix, what, right in (
+        ("causal_reranker", "a reranker", "rerank"),
         ("cross_encoder", "a reranker", "rerank"),
         ("sparse_encoder", "a sparse encoder", "sparse-embeddings"),
     ):
@@ -202,13 +214,30 @@ def load(choice: Choice, folder: Path, options: LoadOptions) -> Backend:
     module_name, _, class_name = choice.target.partition(":")
     with _LOADING:
         try:
-            module = importlib.import_module(module_name)
+            module = _import_settled(module_name)
         except ModuleNotFoundError as error:
             remedy = f"`uv sync` or `pip install {error.name}`"
             raise MissingDependency(
                 f"the {choice.backend} backend needs the package {error.name!r}: {remedy}"
             ) from error
         return cast(Backend, getattr(module, class_name)(folder, options))
+
+
+def _import_settled(name: str) -> ModuleType:
+    """What libraries make stays, half a million objects: the collector need not look through them again and again.
+
+    Each look would stop the server for a third of a second. Only the first library's, before there is a model: what is
+    out of the collector's sight is never freed, if it only refers to itself.
+    """
+    if gc.get_freeze_count():
+        return importlib.import_module(name)
+    gc.disable()
+    try:
+        module = importlib.import_module(name)
+    finally:
+        gc.enable()
+    gc.freeze()
+    return module
 
 
 def free_memory(backend: BackendName) -> None:
@@ -227,6 +256,8 @@ def _architecture(folder: Path) -> str:
         raise UnsupportedModel("modules.json is not a list of modules")
     if read_optional_object(folder / "config_sentence_transformers.json").get("model_type") == "SparseEncoder":
         return _sparse_encoder(folder, modules)
+    if any(_class_name(module) == "LogitScore" for module in modules):
+        return _causal_reranker(folder, modules)
     for module in modules:
         _check_module(folder, module)
     if _class_name(modules[0]) != "Transformer":
@@ -243,9 +274,31 @@ def _check_scores(folder: Path, modules: Sequence[str], architecture: str) -> No
         raise UnsupportedModel(f"config.json is of a *{_SCORES}, and modules.json puts {modules[1]} behind it")
     if saved == "CrossEncoder" and not architecture.endswith("cross_encoder"):
         raise UnsupportedModel(
-            f"this CrossEncoder is made of {', '.join(modules)}: of rerankers, only those that are a *{_SCORES} are "
-            "known"
+            f"this CrossEncoder is made of {', '.join(modules)}: of rerankers, only those that are a *{_SCORES}, or a "
+            "language model and LogitScore, are known"
         )
+
+
+def _causal_reranker(folder: Path, modules: Sequence[dict[str, Any]]) -> str:
+    """Of a CrossEncoder that asks a language model for a yes or a no."""
+    names = [_class_name(module) for module in modules]
+    if names != ["Transformer", "LogitScore"]:
+        raise UnsupportedModel(f"modules.json has {', '.join(names)}: LogitScore is known behind one Transformer only")
+    for module in modules:
+        _check_module(folder, module, names)
+    saved = read_optional_object(folder / "config_sentence_transformers.json").get("model_type")
+    if saved != "CrossEncoder":
+        raise UnsupportedModel(
+            "modules.json has LogitScore, which is a CrossEncoder's, and config_sentence_transformers.json gives the "
+            f"model_type {saved!r}: sentence-transformers would put other modules in its place"
+        )
+    rerankers.check_logit_score(read_optional_object(_inside(folder, modules[1]) / "config.json"))
+    config_file = _inside(folder, modules[0]) / "config.json"
+    architecture = _of_config(config_file)
+    rerankers.check_original(read_object(config_file))
+    if architecture.endswith("cross_encoder"):
+        raise UnsupportedModel(f"config.json is of a *{_SCORES}, and modules.json puts LogitScore behind it")
+    return "causal_reranker" if architecture in CAUSAL_RERANKERS else f"{architecture} causal_reranker"
 
 
 def _adapted(base: Path) -> str:
@@ -265,9 +318,12 @@ def _sparse_encoder(folder: Path, modules: Sequence[dict[str, Any]]) -> str:
             routed += _routed(_inside(folder, module), str(module.get("path", "")))
     for module in routed:
         _check_module(folder, module, SPARSE_MODULES[:-1])
-    folders = [_inside(folder, each) for each in (*modules, *routed) if _class_name(each).endswith("Transformer")]
+    parts = [*modules, *routed]
+    folders = [_inside(folder, each) for each in parts if _class_name(each).endswith("Transformer")]
     types = [_of_config(each / "config.json") for each in folders]
-    return next((f"{each} sparse_encoder" for each in types if each not in SPARSE_ENCODERS), "sparse_encoder")
+    # A SparseAutoEncoder stands behind a dense model.
+    known = SPARSE_ENCODERS if any(_class_name(each) == "SpladePooling" for each in parts) else TEXT_ENCODERS
+    return next((f"{each} sparse_encoder" for each in types if each not in known), "sparse_encoder")
 
 
 def _routed(router: Path, path: str) -> list[dict[str, Any]]:
@@ -293,11 +349,6 @@ def _bare_sparse_encoder(folder: Path, architecture: str) -> str:
 
 def _check_module(folder: Path, module: dict[str, Any], known: Sequence[str] = MODULES) -> None:
     kind = str(module.get("type", ""))
-    if _class_name(module) == "LogitScore":
-        raise UnsupportedModel(
-            "this reranker asks a language model for a yes or a no (LogitScore in modules.json): only those that are "
-            f"a *{_SCORES} are known"
-        )
     if not kind.startswith("sentence_transformers.") or _class_name(module) not in known:
         raise UnsupportedModel(f"modules.json names {kind!r}; known modules: {', '.join(known)}")
     if _class_name(module) == "Dense":
@@ -325,7 +376,7 @@ def _of_config(config_file: Path) -> str:
     architectures = [str(name) for name in listed] if isinstance(listed, list) else []
     scores = next((name for name in architectures if name.endswith(_SCORES)), None)
     if scores is not None:
-        _check_one_label(config, scores)
+        rerankers.check_one_label(config, scores)
         if model_type in CROSS_ENCODERS:
             return "cross_encoder"
     inner = config.get("vlm_config")
@@ -339,12 +390,3 @@ def _of_config(config_file: Path) -> str:
             f"{model_type!r} brings its own code, which this server never runs. Known: {', '.join(known)}"
         )
     return str(model_type) if scores is None else f"{model_type} cross_encoder"
-
-
-def _check_one_label(config: dict[str, Any], name: str) -> None:
-    labels = config.get("id2label")
-    count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # as transformers counts them
-    if count != 1:
-        raise UnsupportedModel(f"{name} has {count} labels, it is a classifier: a reranker gives a pair one score")
-    if config.get("quantization_config"):
-        raise UnsupportedModel("the weights are quantised, by quantization_config in config.json: use the original")

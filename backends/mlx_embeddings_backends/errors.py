@@ -49,6 +49,10 @@ class InputTooLong(InputError):
         return self
 
 
+class QueryTooLong(InputTooLong):
+    """Pairs whose query leaves no room for a token of the document, which is the only one that may be cut."""
+
+
 class InvalidTokenId(InputError):
     """A token id outside [0, vocabulary_size)."""
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from mlx_embeddings_backends.base import Item, Pair, Prepared, Truncate
-from mlx_embeddings_backends.errors import InputTooLong
+from mlx_embeddings_backends.base import Backend, Item, Pair, Prepared, Truncate
+from mlx_embeddings_backends.errors import InputTooLong, QueryTooLong
 from mlx_embeddings_backends.tokenization import chunks
 
 # Tokens by which a part of a text may have more than it has as a part: its first and last word, and what is put before.
@@ -40,7 +40,7 @@ class PairTokenizer:
     def prepare(self, items: Sequence[Item], truncate: Truncate) -> list[Prepared]:
         """Items of pairs, each with its prompt before the query, in order; payloads are `PairTokens`.
 
-        Raises `InputTooLong`; with `prompt_fills` where the query leaves no room for a token of the document.
+        Raises `InputTooLong`; `QueryTooLong` where the query leaves no room for a token of the document.
         """
         prepared: list[Prepared] = []
         too_long: list[tuple[int, int]] = []
@@ -53,33 +53,24 @@ class PairTokenizer:
             else:
                 prepared.append(Prepared(fitting, len(fitting.ids), truncated=len(fitting.ids) < tokens))
         if too_long:
-            raise InputTooLong(too_long, self.max_tokens, prompt_fills=truncate != "none")
+            kind = QueryTooLong if self._query_fills(items[too_long[0][0]]) else InputTooLong
+            raise kind(too_long, self.max_tokens, prompt_fills=truncate != "none")
         return prepared
+
+    def _query_fills(self, item: Item) -> bool:
+        pair = enough(self._tokenizer, Pair(cast(Pair, item.content).query, ""), self.max_tokens, "none")
+        [encoding] = self._tokenizer.encode_batch_fast([(item.prompt + pair.query, "")])
+        return len(encoding.ids) >= self.max_tokens
 
     def _encodings(self, items: Sequence[Item], truncate: Truncate) -> Iterator[Encoding]:
         """A few at a time: a token takes 400 bytes until it is an id."""
         for chunk in chunks(items):
             texts = []
             for item in chunk:
-                pair = cast(Pair, item.content)
-                query = item.prompt + self._enough(pair.query, from_end=False)
-                texts.append((query, self._enough(pair.document, from_end=truncate == "start")))
+                pair = enough(self._tokenizer, cast(Pair, item.content), self.max_tokens, truncate)
+                texts.append((item.prompt + pair.query, pair.document))
             # The fast variant leaves out the offsets.
             yield from self._tokenizer.encode_batch_fast(texts)
-
-    def _enough(self, text: str, *, from_end: bool) -> str:
-        """The text, or of a very long one as much as surely exceeds `max_tokens`: a token of 64 characters is rare."""
-        step, tokens = self.max_tokens * 64, 0
-        if len(text) <= step:
-            return text
-        for at in range(0, len(text), step):
-            stop = len(text) - at
-            part = text[max(stop - step, 0) : stop] if from_end else text[at : at + step]
-            [encoding] = self._tokenizer.encode_batch_fast([part], add_special_tokens=False)
-            tokens += max(len(encoding.ids) - _BORDER_TOKENS, 0)
-            if tokens > self.max_tokens:
-                return text[max(stop - step, 0) :] if from_end else text[: at + step]
-        return text
 
     def _cut(self, pair: PairTokens, encoding: Encoding, truncate: Truncate) -> PairTokens | None:
         """With as much of the document as there is room for; None where that is nothing, or nothing may be cut."""
@@ -89,3 +80,30 @@ class PairTokenizer:
             return None
         dropped = document[room:] if truncate == "end" else document[:-room]
         return PairTokens(np.delete(pair.ids, dropped), np.delete(pair.types, dropped))
+
+
+def enough(tokenizer: Tokenizer, pair: Pair, max_tokens: int, truncate: Truncate) -> Pair:
+    """The pair, or of its very long texts as much as surely exceeds `max_tokens`."""
+    query = _enough(tokenizer, pair.query, max_tokens, from_end=False)
+    return Pair(query, _enough(tokenizer, pair.document, max_tokens, from_end=truncate == "start"))
+
+
+def _enough(tokenizer: Tokenizer, text: str, max_tokens: int, *, from_end: bool) -> str:
+    step, tokens = max_tokens * 64, 0  # a token of 64 characters is rare
+    if len(text) <= step:
+        return text
+    for at in range(0, len(text), step):
+        stop = len(text) - at
+        part = text[max(stop - step, 0) : stop] if from_end else text[at : at + step]
+        [encoding] = tokenizer.encode_batch_fast([part], add_special_tokens=False)
+        tokens += max(len(encoding.ids) - _BORDER_TOKENS, 0)
+        if tokens > max_tokens:
+            return text[max(stop - step, 0) :] if from_end else text[: at + step]
+    return text
+
+
+def warm_up(backend: Backend) -> None:
+    """`Backend.warm_up` for one that takes pairs."""
+    for count, words in ((1, 8), (8, 64)):
+        pair = Item(Pair("warm", "warm " * words))
+        backend.run(backend.collate(backend.prepare([pair] * count, truncate="end")))

@@ -1,11 +1,13 @@
 """Sparse vectors: /v1/embed_sparse."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from mlx_embeddings_server.codec import embedding_list, sparse_value
+from mlx_embeddings_server.errors import InvalidRequest
+from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.parse import parse_input
 from mlx_embeddings_server.options import EmbedOptions
 from mlx_embeddings_server.routes.replies import account_headers, joined, usage
@@ -18,6 +20,7 @@ from mlx_embeddings_server.routes.requests import (
     truncate_of,
 )
 from mlx_embeddings_server.schemas.sparse import SparseRequest
+from mlx_embeddings_server.served_model import ServedModel
 from mlx_embeddings_server.service import Embeddings
 
 router = APIRouter(tags=["Sparse"], route_class=KeyedRoute)
@@ -41,8 +44,9 @@ async def answer(request: Request, body: SparseRequest) -> Response:
         max_active_dims=body.max_active_dims,
     )
 
-    async def work() -> tuple[Embeddings, list[list[str]]]:
+    async def work() -> tuple[Embeddings, list[list[str] | None]]:
         async with model:
+            name = _token_names(model) if body.tokens else None
             contents = parse_input(
                 body.input,
                 modalities=model.info.modalities,
@@ -50,11 +54,7 @@ async def answer(request: Request, body: SparseRequest) -> Response:
                 max_inputs=runtime.settings.max_request_inputs,
             )
             result = await runtime.service.embed(model, contents, options)
-            backend = model.provider.engine.backend
-            words = (
-                [backend.token_strings(each.indices.tolist()) for each in result.sparse or ()] if body.tokens else []
-            )
-            return result, words
+            return result, [name(each.indices.tolist()) for each in result.sparse or ()] if name else []
 
     result, words = await disconnects_of(request).until_gone(request, work())
 
@@ -64,3 +64,19 @@ async def answer(request: Request, body: SparseRequest) -> Response:
 
     content = await joined(embedding_list(values(), model=model.name, usage=usage(result)))
     return Response(content, media_type="application/json", headers=account_headers(result))
+
+
+def _token_names(model: ServedModel) -> Callable[[Sequence[int]], list[str] | None] | None:
+    """Of the places of the model's vectors. Raises `InvalidRequest` where these stand for no tokens."""
+    if "sparse" not in model.info.outputs:
+        return None  # it is refused for that, later
+    with as_api_errors("input", ()):
+        backend = model.provider.engine.backend
+    if backend.token_strings([]) is None:
+        raise InvalidRequest(
+            f"the dimensions of {model.name!r}'s vectors are learnt, and stand for no tokens of its vocabulary: leave "
+            "tokens out",
+            param="tokens",
+            code="invalid_value",
+        )
+    return backend.token_strings

@@ -16,7 +16,7 @@ class SparseRequest(BaseModel):
         Any, Field(json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
     ]
     max_active_dims: Annotated[StrictInt, Field(ge=1)] | None = Field(
-        None, description="Keep so many of the largest values."
+        None, description="Keep so many of the largest values, in place of the checkpoint's own number."
     )
     tokens: StrictBool | None = Field(None, description="Put the vocabulary's tokens beside the indices.")
     input_type: Literal["query", "document"] | None = Field(None, description="Picks the model's prompt, or its part.")

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Pair, Prepared, Truncate
 from mlx_embeddings_backends.errors import DeviceLost, ModelError, UnsupportedModel
 from mlx_embeddings_backends.files import read_optional_object
-from mlx_embeddings_backends.pairs import PairTokenizer, PairTokens
+from mlx_embeddings_backends.pairs import PairTokenizer, PairTokens, warm_up
 from mlx_embeddings_backends.tokenization import pad
 from mlx_embeddings_backends.torch.bert import BertEncoder, PackedTokens
 from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype, memory_bytes
@@ -40,7 +40,7 @@ _ACTIVATIONS: Final[dict[str, Activation]] = {
     "torch.nn.modules.linear.Identity": "identity",
 }
 # What transformers raises for files that make no model or tokenizer.
-_BROKEN: Final = (
+BROKEN: Final = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, SafetensorError,
     StrictDataclassError, TypeError, ValueError,
 )  # fmt: skip
@@ -58,7 +58,7 @@ class CrossEncoderBackend(Backend):
     def __init__(self, folder: Path, options: LoadOptions) -> None:
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
-        model = _load(folder)
+        model = load_library(folder)
         [transformer] = model.children()
         assert isinstance(transformer, Transformer)
         check_text_only(transformer, "scores")
@@ -84,7 +84,7 @@ class CrossEncoderBackend(Backend):
             outputs=("rerank",),
             prompts={name: prompt or "" for name, prompt in model.prompts.items()},
             default_prompt=model.default_prompt_name,
-            score_activation=_activation(folder, transformer.config),
+            score_activation=activation_of(folder, transformer.config),
             memory_bytes=memory_bytes(self._head) + (self._encoder.memory_bytes if self._encoder else 0),
         )
 
@@ -119,9 +119,7 @@ class CrossEncoderBackend(Backend):
             raise DeviceLost(str(error)) from error
 
     def warm_up(self) -> None:
-        for count, words in ((1, 8), (8, 64)):
-            pair = Item(Pair("warm", "warm " * words))
-            self.run(self.collate(self.prepare([pair] * count, truncate="end")))
+        warm_up(self)
 
     def _check_types(self, config: Any) -> None:
         """On a GPU a row that a table has not is more than an exception: the device is lost."""
@@ -131,7 +129,7 @@ class CrossEncoderBackend(Backend):
             raise ModelError(f"the tokenizer gives {used} token types, and config.json says type_vocab_size {rows}")
 
 
-def _load(folder: Path) -> CrossEncoder:
+def load_library(folder: Path) -> CrossEncoder:
     """On the CPU, in float32 whatever the files hold. Runs no code of theirs, and unpickles tensors only."""
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -149,7 +147,7 @@ def _load(folder: Path) -> CrossEncoder:
         raise UnsupportedModel(
             "the weights are a pickle with more than tensors in it, which could run any code: convert it to safetensors"
         ) from error
-    except _BROKEN as error:
+    except BROKEN as error:
         said = re.split(r"\. ", " ".join(str(error).split()))[0] or type(error).__name__
         reason = next((words for known, words in _IN_OUR_WORDS.items() if known in said), said)
         raise ModelError(f"the checkpoint cannot be loaded: {reason}") from error
@@ -171,7 +169,7 @@ def _place(transformer: Transformer, device: torch.device, dtype: torch.dtype) -
     return None, transformer
 
 
-def _activation(folder: Path, config: Any) -> Activation:
+def activation_of(folder: Path, config: Any) -> Activation:
     """What the checkpoint says, in the order in which sentence-transformers looks. Raises `UnsupportedModel`."""
     saved: Mapping[str, Any] = {}
     if (folder / "modules.json").exists():

@@ -62,7 +62,7 @@ class SentenceTransformerBackend(Backend):
         self._after: list[nn.Module] = [module.to(device) for module in (rest[:-1] if normalize else rest)]
         self._pools_prompt = all(module.include_prompt for module in rest if isinstance(module, Pooling))
         self._device = device
-        self._encoder, self._transformer = _place_encoder(transformer, device, TORCH_DTYPES[dtype], options.adapters)
+        self._encoder, self._transformer = place_encoder(transformer, device, TORCH_DTYPES[dtype], options.adapters)
 
         self._vocabulary = tokenizer = transformer.tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
@@ -165,7 +165,7 @@ def _load(folder: Path) -> SentenceTransformer:
         ) from error
 
 
-def _place_encoder(
+def place_encoder(
     transformer: Transformer, device: torch.device, dtype: torch.dtype, adapters: Mapping[str, Path]
 ) -> tuple[BertEncoder | None, nn.Module | None]:
     """The encoder on its device with products in `dtype`: our own forward pass where it covers the architecture."""

@@ -1,4 +1,4 @@
-"""Sparse encoders in sentence-transformers' format (SPLADE, queries without inference), and bare language models.
+"""Sparse encoders in sentence-transformers' format (SPLADE, CSR, queries without inference), and bare language models.
 
 Loading is that library's; the hot path is ours.
 """
@@ -12,7 +12,8 @@ from typing import Any, Final, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling, WeightedLayerPooling
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -20,14 +21,17 @@ from transformers import PreTrainedTokenizerBase
 
 from mlx_embeddings_backends.base import Backend, Item, LoadOptions, ModelInfo, Prepared, SparseVector, Truncate
 from mlx_embeddings_backends.errors import DeviceLost, InputError, ModelError, UnsupportedModel
-from mlx_embeddings_backends.tokenization import TextTokenizer, prepare_texts
+from mlx_embeddings_backends.tokenization import Group, TextTokenizer, prepare_texts
 from mlx_embeddings_backends.torch import sparse_modules
 from mlx_embeddings_backends.torch.devices import TORCH_DTYPES, batch_tokens, choose_device, choose_dtype
 from mlx_embeddings_backends.torch.sentence_transformer import check_text_only, check_weights, max_tokens_of
+from mlx_embeddings_backends.torch.sparse_autoencoder import AutoEncoded, SparseAutoEncoder
 from mlx_embeddings_backends.torch.splade import Splade
 
 # Of a tokenizer that knows no limit, transformers says a number beyond this.
 _NO_LIMIT: Final = 1_000_000_000
+# What may stand between a Transformer and a SparseAutoEncoder: a dense model's modules.
+_DENSE_MODULES: Final = (Dense, Dropout, LayerNorm, Normalize, Pooling, WeightedLayerPooling)
 
 
 class Static:
@@ -50,15 +54,28 @@ class Static:
 class Route:
     """What texts of some roles go through."""
 
-    encoder: Splade | Static
+    encoder: Splade | Static | AutoEncoded
     tokenizer: TextTokenizer
+
+    @property
+    def pools_prompt(self) -> bool:
+        return not isinstance(self.encoder, AutoEncoded) or self.encoder.pools_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What all texts of a batch have in common."""
+
+    route: int
+    unpooled_tokens: int  # at the start, which pooling leaves out
+    most_values: int | None  # of a vector that are kept; None: as many as the checkpoint says
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Texts of one route, packed by its encoder."""
+    """Texts of one way, packed by the encoder of its route."""
 
-    route: int
+    way: Way
     inputs: Any
 
 
@@ -104,32 +121,41 @@ class SparseEncoderBackend(Backend):
         for number, route in enumerate(self._routes):
             places = [place for place, item in enumerate(items) if self._route_of[item.role] == number]
             try:
-                made = prepare_texts(route.tokenizer, [items[place] for place in places], truncate)
+                made = prepare_texts(
+                    route.tokenizer, [items[place] for place in places], truncate, pools_prompt=route.pools_prompt
+                )
             except InputError as error:
                 raise error.within(places) from None
-            prepared |= {place: replace(each, group=number) for place, each in zip(places, made, strict=True)}
+            for place, each in zip(places, made, strict=True):
+                way = Way(number, cast(Group, each.group).unpooled_tokens, items[place].max_active_dims)
+                prepared[place] = replace(each, group=way)
         return [prepared[place] for place in range(len(items))]
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
-        number = cast(int, batch[0].group)
+        way = cast(Way, batch[0].group)
         ids: list[NDArray[np.int64]] = [prepared.payload for prepared in batch]
-        encoder = self._routes[number].encoder
+        encoder = self._routes[way.route].encoder
         # A GPU would be lost to it, or read whatever lies behind its table.
         if max(each.max() for each in ids) >= encoder.vocabulary_size:
             raise ModelError("the checkpoint's tokenizer gives token ids that its model does not have")
-        return Batch(number, encoder.pack(ids))
+        return Batch(way, encoder.pack(ids))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[SparseVector]:
-        encoder = self._routes[batch.route].encoder
+        way, encoder = batch.way, self._routes[batch.way.route].encoder
+        most = way.most_values or self._most_values
         try:
+            if isinstance(encoder, AutoEncoded):
+                return encoder(batch.inputs, way.unpooled_tokens, most)
             vectors = encoder(batch.inputs)
         except torch.AcceleratorError as error:
             # An error in a kernel leaves the CUDA context unusable; running out of memory is another exception.
             raise DeviceLost(str(error)) from error
-        return vectors if self._most_values is None else [_largest(each, self._most_values) for each in vectors]
+        return vectors if most is None else [_largest(each, most) for each in vectors]
 
-    def token_strings(self, ids: Sequence[int]) -> list[str]:
+    def token_strings(self, ids: Sequence[int]) -> list[str] | None:
+        if any(isinstance(route.encoder, AutoEncoded) for route in self._routes):
+            return None  # the library would give the tokens that happen to have these numbers
         names = cast(list[str | None], self._names.convert_ids_to_tokens(list(ids)))
         # Vocabularies are often filled up to a round number, with tokens that have no name.
         return [name if name is not None else "" for name in names]
@@ -144,35 +170,49 @@ def _limit(chain: Sequence[nn.Module]) -> int | None:
     """The tokens that a route takes. Raises `UnsupportedModel` for a chain of modules that is not known."""
     match chain:
         case [Transformer() as transformer, SpladePooling()]:
-            _check_transformer(transformer)
+            _check_transformer(transformer, "fill-mask")
+            check_weights(transformer.model)
+            return max_tokens_of(transformer)
+        case [Transformer() as transformer, *between, SparseAutoEncoder()] if _gives_one_vector(between):
+            _check_transformer(transformer, "feature-extraction")
+            check_weights(transformer.model, optional="pooler.")  # whose output is used nowhere
             return max_tokens_of(transformer)
         case [SparseStaticEmbedding() as embedding]:
             limit = embedding.max_seq_length
             return int(limit) if limit and 0 < limit < _NO_LIMIT else None
     names = ", ".join(type(module).__name__ for module in chain)
     raise UnsupportedModel(
-        f"the sparse encoder is made of {names}: known are Transformer, SpladePooling, and SparseStaticEmbedding alone"
+        f"the sparse encoder is made of {names}: known are Transformer, SpladePooling; Transformer, Pooling, "
+        "SparseAutoEncoder; and SparseStaticEmbedding alone"
     )
 
 
-def _check_transformer(transformer: Transformer) -> None:
+def _gives_one_vector(modules: Sequence[nn.Module]) -> bool:
+    """Of a text's tokens, as a dense model's do."""
+    pools = any(isinstance(module, Pooling) for module in modules)
+    return pools and all(isinstance(module, _DENSE_MODULES) for module in modules)
+
+
+def _check_transformer(transformer: Transformer, task: str) -> None:
     check_text_only(transformer)
-    if transformer.transformer_task != "fill-mask":
+    if transformer.transformer_task != task:
         raise UnsupportedModel(
-            f"the Transformer before SpladePooling is for {transformer.transformer_task!r}: only 'fill-mask' is known"
+            f"the checkpoint's Transformer is for {transformer.transformer_task!r}: before what follows it, only "
+            f"{task!r} is known"
         )
     for name in ("query_length", "document_length", "query_expansion"):
         if getattr(transformer, name) is not None:
             raise UnsupportedModel(f"{name} of the checkpoint's sentence_bert_config.json is not known")
-    check_weights(transformer.model)
 
 
 def _make_route(chain: Sequence[nn.Module], max_tokens: int, device: torch.device, dtype: torch.dtype) -> Route:
-    encoder: Splade | Static
+    encoder: Splade | Static | AutoEncoded
     tokenizer = deepcopy(cast(Any, chain[0]).tokenizer.backend_tokenizer)
     match chain:
         case [Transformer() as transformer, SpladePooling() as pooling]:
             encoder = Splade(transformer, pooling, max_tokens, device, dtype)
+        case [Transformer() as transformer, *between, SparseAutoEncoder() as auto_encoder]:
+            encoder = AutoEncoded(transformer, between, auto_encoder, max_tokens, device, dtype)
         case [SparseStaticEmbedding() as embedding]:
             encoder = Static(embedding)
             tokenizer.post_processor = TemplateProcessing(single="$A")  # no special tokens

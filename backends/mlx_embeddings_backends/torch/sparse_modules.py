@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final, Self, cast
 
 import torch
-from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling, WeightedLayerPooling
 from sentence_transformers.sparse_encoder.modules import MLMTransformer, SparseStaticEmbedding, SpladePooling
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -21,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from mlx_embeddings_backends.base import Role
 from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
 from mlx_embeddings_backends.files import read_json, read_object, read_optional_object, weight_files
+from mlx_embeddings_backends.torch.sparse_autoencoder import SparseAutoEncoder
 from mlx_embeddings_backends.torch.tensor_files import read_tensors
 
 ROLES: Final[tuple[Role | None, ...]] = (None, "query", "document")
@@ -54,7 +56,8 @@ def load(folder: Path) -> SparseModules:
     default_prompt, most_values = config.get("default_prompt_name"), config.get("max_active_dims")
     if default_prompt is not None and default_prompt not in prompts:
         raise ModelError(f"the checkpoint's default_prompt_name is {default_prompt!r}, which is none of its prompts")
-    if most_values is not None and (not isinstance(most_values, int) or most_values < 1):
+    is_number = isinstance(most_values, int) and not isinstance(most_values, bool)
+    if most_values is not None and (not is_number or most_values < 1):
         raise ModelError(f"the checkpoint's max_active_dims is {most_values!r}: it must be a number from 1")
     return SparseModules({role: _route(first, rest, role) for role in ROLES}, prompts, default_prompt, most_values)
 
@@ -138,9 +141,16 @@ def _weights_of_tokens(path: str, folders: Sequence[Path], tokenizer: Any) -> Te
 
 
 _CLASSES: Final[dict[str, Any]] = {
+    "Dense": Dense,
+    "Dropout": Dropout,
+    "LayerNorm": LayerNorm,
     "MLMTransformer": MLMTransformer,
+    "Normalize": Normalize,
+    "Pooling": Pooling,
     "Router": Router,
+    "SparseAutoEncoder": SparseAutoEncoder,
     "SparseStaticEmbedding": StaticEmbedding,
     "SpladePooling": SpladePooling,
     "Transformer": Transformer,
+    "WeightedLayerPooling": WeightedLayerPooling,
 }
