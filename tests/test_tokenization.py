@@ -63,16 +63,16 @@ from mlx_embeddings_backends.base import Item
 from mlx_embeddings_backends.tokenization import TextTokenizer
 
 tokenizer = TextTokenizer(Tokenizer.from_file({file!r}), max_tokens=256, vocabulary_size=30522)
-for items in ([Item("a," * 8_000_000)], [Item("a," * 8_000 + str(place)) for place in range(1000)]):
+for items in ([Item("a," * 2_000_000)], [Item("a," * 8_000 + str(place)) for place in range(250)]):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tokenizer.encode(items, "end")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     grown /= 2**20 if sys.platform == "darwin" else 2**10  # bytes or kilobytes, in megabytes
-    assert grown < 400, grown
+    assert grown < 200, grown  # a token takes 400 bytes until it is an id
 """
 
 
-def test_sixteen_million_tokens_take_no_gigabytes() -> None:
+def test_four_million_tokens_take_no_gigabytes() -> None:
     script = MEMORY.format(file=minilm_file())
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
