@@ -98,7 +98,8 @@ def _token_decoder(encoding_name: str) -> TokenDecoder | None:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    render = embed_body if request.method == "POST" and request.url.path in embed.PATHS else openai_body
+    is_embed = request.method == "POST" and request.url.path in embed.PATHS
+    render = embed_body if is_embed or getattr(request.state, "is_tei", False) else openai_body
     return JSONResponse(render(error), status_code=error.status, headers=error.headers)
 
 

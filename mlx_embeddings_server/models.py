@@ -4,6 +4,7 @@ import asyncio
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mlx_embeddings_backends import detect, hub
 from mlx_embeddings_backends.errors import ModelError
@@ -29,8 +30,10 @@ class Models:
         parts = Parts(metrics, load, settings.max_queue_tokens, DeviceTurns())
         given: dict[str, str] = {}  # aliases
         derived: dict[str, str] = {}
-        for spec in model_specs(settings):
-            found = Found.of(spec) if spec.pinned else None
+        specs = model_specs(settings)
+        for spec in specs:
+            with _named(spec.name or spec.source, among=len(specs)):
+                found = Found.of(spec) if spec.pinned else None
             name = spec.name
             if found is not None and name is None:
                 snapshot = found.checkpoint.snapshot
@@ -53,9 +56,17 @@ class Models:
         if self._loaded:
             return
         self._loaded = True
+        try:
+            self._load_pinned()
+        except ModelError:
+            self.close()
+            raise
+
+    def _load_pinned(self) -> None:
         for model in self:
             if model.spec.pinned:
-                model.load_now()
+                with _named(model.name, among=len(self._by_name)):
+                    model.load_now()
         taken = sum(model.memory_bytes for model in self if model.is_loaded)
         if self._max_memory is not None and taken > self._max_memory:
             raise ModelError(
@@ -98,21 +109,24 @@ class Models:
         Called before the model's load, and after it with what it really takes. Raises `ModelError`.
         """
         while self._max_memory is not None:
-            others = [each for each in self if each is not model and (each.is_loaded or each.reserved_bytes)]
-            taken = sum(each.reserved_bytes or each.memory_bytes for each in others)
-            if taken + needed <= self._max_memory:
-                break
+            others = [each for each in self if each is not model and each.held_bytes]
+            left = self._max_memory - sum(each.held_bytes for each in others if each.spec.pinned)
+            if needed > left:  # before anything leaves for its sake
+                pinned = f", of which pinned models leave {_megabytes(left)}" if left < self._max_memory else ""
+                raise ModelError(
+                    f"it takes about {_megabytes(needed)}, and --max-memory is {_megabytes(self._max_memory)}{pinned}"
+                )
             unpinned = [each for each in others if not each.spec.pinned]
+            if sum(each.held_bytes for each in unpinned) + needed <= left:
+                break
+            if (leaving := next((each for each in unpinned if each.state == "unloading"), None)) is not None:
+                await leaving.until_gone()
+                continue
             if model.reserved_bytes:  # two that are being loaded must not wait for each other: the later one sees to it
                 unpinned = [each for each in unpinned if each.is_loaded]
-                if not unpinned and any(each.reserved_bytes for each in others):
+                if not unpinned:
                     break
-            if not unpinned:
-                raise ModelError(
-                    f"it takes about {_megabytes(needed)}, and pinned models leave "
-                    f"{_megabytes(self._max_memory - taken)} of --max-memory"
-                )
-            await min(unpinned, key=lambda each: (each.users > 0, each.used_at)).unload()
+            await min(unpinned, key=lambda each: (each.users > 0 or each.reserved_bytes > 0, each.used_at)).unload()
         model.reserved_bytes = needed
 
     def stop(self) -> None:
@@ -126,6 +140,15 @@ class Models:
         gc.unfreeze()  # else what the libraries made would never be freed, and nanobind prints a page of leaks
         deadline = time.monotonic() + timeout
         return all([model.close(deadline) for model in self])
+
+
+@contextmanager
+def _named(name: str, *, among: int) -> Iterator[None]:
+    """Of several models it has to be said which one cannot be had."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}" if among > 1 else str(error)) from error
 
 
 def _megabytes(count: int) -> str:

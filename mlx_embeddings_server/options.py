@@ -61,6 +61,8 @@ def outputs_of(model: ServedModel, options: EmbedOptions) -> tuple[Output, ...]:
         if output not in info.outputs:
             if options.outputs == ("sparse",):
                 raise wrong_type(model, f"gives no sparse vectors: ask {_ROUTES[info.output]}")
+            if info.output == "rerank":
+                raise wrong_type(model, f"gives no vectors: ask {_ROUTES[info.output]}")
             raise invalid_value(f"the model gives {' and '.join(info.outputs)}, not {output}", "outputs")
     return tuple(dict.fromkeys(options.outputs))
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_embeddings_backends.base import EncodedImage, Item, Pair, Role, Truncate
+from mlx_embeddings_server.errors import InvalidInput
 from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.parse import Content
 from mlx_embeddings_server.metrics import Metrics
@@ -17,6 +18,10 @@ from mlx_embeddings_server.pooling import normalized
 from mlx_embeddings_server.providers.local import Timings, Vectors
 from mlx_embeddings_server.served_model import ServedModel
 from mlx_embeddings_server.service import EmbeddingService
+
+_QUERY_TOO_LONG = (
+    "has more tokens than the {} that the model takes, and only documents are ever cut: send a shorter one"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,8 @@ class RankingService:
                 raise wrong_type(model, "gives sparse vectors: ask /v1/embed_sparse")
             case _:
                 vectors = await self._embed(model, query, documents, truncate, field)
+                if vectors.accounts[0].truncated:
+                    raise InvalidInput("query", _QUERY_TOO_LONG.format(model.info.max_tokens), code="input_too_long")
                 rows = [normalized(np.atleast_2d(row)) for row in cast(list[NDArray[np.float32]], vectors.rows)]
                 scores = await asyncio.to_thread(max_sim, rows[0], rows[1:])
                 accounts = vectors.accounts[1:]
@@ -87,7 +94,8 @@ class RankingService:
         for content in (query, *documents):
             if not isinstance(content, str):
                 raise wrong_type(model, "scores texts, and images are no texts: rerank these with a model for images")
-        prompt = prompt_of(model.info, EmbedOptions())  # put before the query
+        # Put before the query: what the server's file says, or what the checkpoint does without being asked.
+        prompt = model.spec.prompts.get("query") or prompt_of(model.info, EmbedOptions())
         items = [Item(Pair(cast(str, query), cast(str, document)), prompt) for document in documents]
         return await self._embedding.run(model, items, truncate, as_api_errors(field, range(len(items))))
 

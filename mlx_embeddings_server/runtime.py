@@ -27,15 +27,15 @@ class Runtime:
     in_flight: int = 0  # requests that are being answered
 
     def status(self) -> Status:
-        """`unavailable` while a model that is to be loaded cannot answer. One that may be unloaded is loaded again."""
+        """`unavailable` while a pinned model cannot answer. The others are loaded again when they are asked for."""
         if self.draining:
             return "draining"
         # A pinned one that was unloaded by request is loaded by the next: it has been seen to work.
         states = {
             model.state
             for model in self.models
-            if model.state == "restarting"
-            or (model.spec.pinned and (model.known_info is None or model.state in ("dead", "failed", "stopped")))
+            if model.spec.pinned
+            and (model.known_info is None or model.state in ("restarting", "dead", "failed", "stopped"))
         }
         if states <= {"ready"}:
             return "ok"

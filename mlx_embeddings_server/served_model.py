@@ -110,6 +110,9 @@ class ServedModel:
         self._thread: threading.Thread | None = None  # of a load
         self._is_leaving = False
         self._idle = asyncio.Event()
+        self._gone = asyncio.Event()  # it is not leaving
+        self._gone.set()
+        self._stopped = asyncio.Event()
         self._failures = 0  # loads in a row
         self._failure: Exception | None = None
         self._retry_at = 0.0
@@ -153,6 +156,11 @@ class ServedModel:
     @property
     def engine(self) -> Engine | None:
         return None if self._provider is None else self._provider.engine
+
+    @property
+    def held_bytes(self) -> int:
+        """Of memory: while it is loaded, leaves, or is being loaded."""
+        return self.reserved_bytes or (self.memory_bytes if self._provider is not None else 0)
 
     @property
     def memory_bytes(self) -> int:
@@ -202,9 +210,19 @@ class ServedModel:
         self._changing = asyncio.ensure_future(change)
 
     async def _until_changed(self) -> None:
-        """Without ending the change when its waiter is cancelled."""
+        """Or until the server stops. The change does not end when its waiter is cancelled."""
         if (changing := self._changing) is not None:
-            await asyncio.wait([changing])
+            stopped = asyncio.ensure_future(self._stopped.wait())
+            try:
+                await asyncio.wait([changing, stopped], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopped.cancel()
+        if self._stopped.is_set():
+            raise Unavailable("the server is shutting down", code="backend_lost")
+
+    async def until_gone(self) -> None:
+        """Once it does not leave any more: whether it is loaded again then is another question."""
+        await self._gone.wait()
 
     # Loading and unloading
 
@@ -220,7 +238,10 @@ class ServedModel:
             pass
 
     async def unload(self) -> None:
-        """Once the requests that hold it are answered; those that come meanwhile wait, and have it loaded again."""
+        """Once the requests that hold it are answered; those that come meanwhile wait, and have it loaded again.
+
+        Raises `Unavailable` when the server stops meanwhile.
+        """
         while self._changing is not None:
             await self._until_changed()
         if self._provider is not None:
@@ -306,11 +327,14 @@ class ServedModel:
     async def _unload(self, provider: LocalProvider) -> None:
         try:
             await self._drop(provider)
+        except Exception:  # its requests are answered, and it is gone: it can be loaded again
+            log.exception("unloading %s failed", self.name)
         finally:
             self._changing = None
 
     async def _drop(self, provider: LocalProvider) -> None:
         self._is_leaving = True
+        self._gone.clear()
         try:
             while self.users and provider.engine.state != "dead":
                 await self._idle.wait()
@@ -320,6 +344,7 @@ class ServedModel:
                 self._provider = None  # whatever its end was, it answers nothing any more
         finally:
             self._is_leaving = False
+            self._gone.set()
         self._parts.metrics.observe_unload(self.name)
         log.info("unloaded %s", self.name)
 
@@ -339,6 +364,8 @@ class ServedModel:
         """Fail every request that is not answered yet; the worker ends after the batch that runs."""
         if self._provider is not None:
             self._provider.engine.stop()
+        if self._changing is not None and not (loop := self._changing.get_loop()).is_closed():
+            loop.call_soon_threadsafe(self._stopped.set)
 
     def close(self, deadline: float) -> bool:
         """Stop, and wait for the worker. False: it still runs a batch, or the model is being loaded."""

@@ -58,6 +58,8 @@ def _shown(key: str) -> str:
 def read(path: str) -> YamlFile:
     """Read and check; never raises for what is in the file, nor for there being none."""
     try:
+        if Path(path).is_fifo():
+            return _refused(path, "cannot be read: it is a pipe, which may never end; give a file")
         with Path(path).open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:

@@ -10,7 +10,7 @@ from numpy.testing import assert_array_equal
 from mlx_embeddings_backends.base import Item, Prepared
 from mlx_embeddings_server.engine.engine import Engine
 from mlx_embeddings_server.engine.queue import QueueFull
-from mlx_embeddings_server.engine.turns import Turns
+from mlx_embeddings_server.engine.turns import Device, Turns
 from mlx_embeddings_server.engine.worker import InferenceFailed
 from tests.engines import embed, expected, hold, loaded, observed, run, until
 from tests.scripted import ScriptedBackend
@@ -91,22 +91,26 @@ def test_an_item_that_fails_is_told_before_the_last_is_ready() -> None:
         run(work(engine))
 
 
-def test_turns_are_given_in_the_order_of_asking() -> None:
-    turns, given = Turns(), list[int]()
+def test_the_turn_goes_to_who_had_one_longest_ago_and_then_in_the_order_of_asking() -> None:
+    device, given = Device(), list[str]()
+    turns = {name: Turns(device) for name in ("busy", "first", "second", "before")}
 
-    def take(number: int) -> None:
-        turns.take()
-        given.append(number)
-        turns.pass_on()
+    def take(name: str) -> None:
+        turns[name].take()
+        given.append(name)
+        turns[name].pass_on()
 
-    turns.take()
-    assert not turns.take_if_free()
-    threads = [threading.Thread(target=take, args=(number,)) for number in range(5)]
+    for name in ("before", "busy"):
+        turns[name].take()
+        turns[name].pass_on()
+    turns["second"].take()
+    assert not turns["first"].take_if_free()
+    threads = [threading.Thread(target=take, args=(name,)) for name in ("busy", "before", "first")]
     for thread in threads:
         thread.start()
         time.sleep(0.1)  # until it waits
-    turns.pass_on()
+    turns["second"].pass_on()
     for thread in threads:
         thread.join(10)
-    assert given == [0, 1, 2, 3, 4]
-    assert turns.take_if_free()
+    assert given == ["first", "before", "busy"]
+    assert turns["first"].take_if_free()

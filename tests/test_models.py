@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,20 @@ def error_of(reply: httpx.Response) -> dict[str, Any]:
     return dict(reply.json()["error"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path, Future[httpx.Response]]]:
+    """A server, its folder, and the request that killed a worker whose model cannot be loaded again.
+
+    That is given up after 21 seconds, almost all of them pauses: the other tests run meanwhile.
+    """
+    folder = tmp_path_factory.mktemp("mortal")
+    server = models_server(folder, {"mortal": {}, "other": {}}, drain_timeout=1)
+    with ThreadPoolExecutor() as threads, server:
+        assert is_right(server.embed("x", "mortal"), "x")
+        (folder / "mortal" / "broken").touch()
+        yield server, folder, threads.submit(server.embed, "die", "mortal")
+
+
 def test_first_requests_wait_for_one_load(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     with models_server(tmp_path, {"late": {"script": {"seconds": 0.5}}, "other": {}}) as server:
         assert (state(server, "late"), loads(tmp_path, "late")) == ("unloaded", 0)
@@ -68,7 +82,7 @@ def test_a_pinned_model_is_loaded_at_the_start(tmp_path: Path) -> None:
 def test_a_pinned_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
     server = models_server(tmp_path, {"pinned": {"pinned": True}, "other": {}})
     (tmp_path / "pinned" / "broken").touch()
-    with pytest.raises(RuntimeError, match="the file is there"), server:
+    with pytest.raises(RuntimeError, match="pinned: .*the file is there"), server:
         pass
 
 
@@ -92,23 +106,6 @@ def test_a_failing_load_is_told_to_its_own_requests_and_tried_again_after_a_paus
         assert loads(tmp_path, "broken") == 2
 
 
-def test_a_model_whose_worker_is_dead_for_good_is_loaded_anew(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
-    with models_server(tmp_path, {"mortal": {}, "other": {}}) as server:
-        assert is_right(server.embed("x", "mortal"), "x")
-        (tmp_path / "mortal" / "broken").touch()
-        assert server.embed("die", "mortal").status_code == 503
-        until(lambda: state(server, "mortal") == "dead")  # after four loads, with pauses between
-        assert server.client.get("/livez").status_code == server.client.get("/health").status_code == 200
-        assert error_of(server.embed("x", "mortal"))["code"] == "model_load_failed"
-        assert is_right(server.embed("x", "other"), "x")
-        (tmp_path / "mortal" / "broken").unlink()
-        before = loads(tmp_path, "mortal")
-        assert server.client.post("/v1/models/mortal/load").status_code == 200
-        replies = [threads.submit(server.embed, f"text {n}", "mortal") for n in range(5)]
-        assert all(is_right(reply.result(), f"text {n}") for n, reply in enumerate(replies))
-        assert loads(tmp_path, "mortal") == before + 1
-
-
 def test_whoever_runs_the_server_may_load_at_once_what_failed(tmp_path: Path) -> None:
     with models_server(tmp_path, {"broken": {}}) as server:
         (tmp_path / "broken" / "broken").touch()
@@ -116,6 +113,16 @@ def test_whoever_runs_the_server_may_load_at_once_what_failed(tmp_path: Path) ->
         (tmp_path / "broken" / "broken").unlink()
         reply = server.client.post("/v1/models/broken/load")
         assert reply.status_code == 200 and reply.json()["loaded"]
+
+
+def test_without_a_name_no_reranker_is_guessed(tmp_path: Path) -> None:
+    """Neither the first of several, nor one that happens to have been loaded."""
+    body = {"query": "a", "documents": ["b"]}
+    with models_server(tmp_path, {"first": {}, "second": {}}) as server:
+        refused = server.client.post("/rerank", json=body)
+        assert refused.status_code == 400 and error_of(refused)["param"] == "model"
+        assert server.client.post("/rerank", json=body | {"model": "second"}).status_code == 200
+        assert server.client.post("/rerank", json=body).status_code == 400
 
 
 def test_an_idle_model_is_unloaded_and_loaded_again(tmp_path: Path) -> None:
@@ -167,9 +174,41 @@ def test_a_model_that_never_fits_is_refused_and_takes_nobodys_room(tmp_path: Pat
         assert is_right(server.embed("x", "small"), "x")
         refused = server.embed("x", "large")
         assert refused.status_code == 503 and error_of(refused)["code"] == "model_load_failed"
-        server.wait_for_log("large could not be loaded.*--max-memory")
+        server.wait_for_log("large could not be loaded.*--max-memory.*pinned models leave")
         assert state(server, "large") == "failed"
+        assert server.client.post("/v1/models/large/load").status_code == 503  # now that its size is known
         assert is_right(server.embed("x", "pinned"), "x") and is_right(server.embed("x", "small"), "x")
+        assert loads(tmp_path, "small") == 1
+
+
+def test_a_model_that_leaves_holds_its_room_until_it_is_gone(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    models = {"leaves": of_bytes(100), "comes": of_bytes(100)}
+    with models_server(tmp_path, models, max_memory=150) as server:
+        for name in ("comes", "leaves"):  # so that what each takes is known
+            assert is_right(server.embed("x", name), "x")
+        working = threads.submit(server.embed, "work 3", "leaves")
+        until(lambda: server.client.get("/health").json()["requests_in_flight"] > 0)
+        threads.submit(server.client.post, "/v1/models/leaves/unload")
+        until(lambda: state(server, "leaves") == "unloading")
+        coming = threads.submit(server.embed, "y", "comes")
+        time.sleep(0.5)  # in which it would have been loaded
+        assert not working.done() and loads(tmp_path, "comes") == 1
+        assert is_right(working.result(), "work 3")
+        assert is_right(coming.result(), "y") and loads(tmp_path, "comes") == 2
+
+
+def test_who_is_idle_makes_room_before_who_is_being_loaded(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
+    models = {"idle": of_bytes(100), "slow": {"script": {"seconds": 1, "memory": 100}}, "c": of_bytes(100)}
+    with models_server(tmp_path, models, max_memory=250) as server:
+        for name in ("slow", "c", "idle"):
+            assert is_right(server.embed("x", name), "x")
+        until(lambda: state(server, "slow") == "unloaded")
+        server.client.post("/v1/models/c/unload")
+        loading = threads.submit(server.embed, "y", "slow")
+        until(lambda: state(server, "slow") == "loading")
+        assert is_right(server.embed("y", "c"), "y")
+        assert is_right(loading.result(), "y")
+        assert [state(server, name) for name in models] == ["unloaded", "ready", "ready"]
 
 
 def test_weights_that_a_folder_has_twice_are_reckoned_once(tmp_path: Path) -> None:
@@ -216,9 +255,10 @@ def test_a_client_that_leaves_does_not_end_the_load(tmp_path: Path) -> None:
 
 def test_the_server_ends_while_a_model_is_being_loaded(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     with models_server(tmp_path, {"slow": {"script": {"seconds": 60}}}, drain_timeout=0.5) as server:
-        threads.submit(server.embed, "x", "slow")
+        waiting = threads.submit(server.embed, "x", "slow")
         until(lambda: state(server, "slow") == "loading")
         assert server.stop(timeout=20) == 0
+        assert waiting.result().status_code == 503 and error_of(waiting.result())["code"] == "backend_lost"
 
 
 def test_the_example_of_a_file_is_served_as_it_stands() -> None:
@@ -242,3 +282,20 @@ def test_memory_returns(tmp_path: Path, backend: str, model: str | Path, freed: 
             sizes.append(process.memory_info().rss)
         assert loaded - sizes[-1] >= freed, sizes
         assert max(sizes[5:]) - sizes[1] < 30e6, sizes
+
+
+def test_a_model_whose_worker_is_dead_for_good_is_loaded_anew(
+    mortal: tuple[Server, Path, Future[httpx.Response]], threads: ThreadPoolExecutor
+) -> None:
+    server, folder, killing = mortal
+    assert killing.result().status_code == 503
+    until(lambda: state(server, "mortal") == "dead")  # after four loads, with pauses between
+    assert server.client.get("/livez").status_code == server.client.get("/health").status_code == 200
+    assert error_of(server.embed("x", "mortal"))["code"] == "model_load_failed"
+    assert is_right(server.embed("x", "other"), "x")
+    (folder / "mortal" / "broken").unlink()
+    before = loads(folder, "mortal")
+    assert server.client.post("/v1/models/mortal/load").status_code == 200
+    replies = [threads.submit(server.embed, f"text {n}", "mortal") for n in range(5)]
+    assert all(is_right(reply.result(), f"text {n}") for n, reply in enumerate(replies))
+    assert loads(folder, "mortal") == before + 1

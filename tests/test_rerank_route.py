@@ -25,7 +25,11 @@ Scores = NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models_file(tmp_path_factory.mktemp("models")).parent
+    file = models_file(tmp_path_factory.mktemp("models"))
+    content = json.loads(file.read_text())
+    content["models"]["prompted"] = content["models"]["reranker"] | {"prompts": {"query": "the winter "}}
+    file.write_text(json.dumps(content))
+    return file.parent
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ def test_the_best_and_their_documents(server: Server, raw: Scores) -> None:
 def test_a_reply_says_what_it_took(server: Server) -> None:
     reply = post(server)
     content = reply.json()
-    assert content["model"] == "reranker" and content["object"] == "list"
+    assert content["model"] == "reranker" and content["object"] == "rerank"
     assert content["usage"]["prompt_tokens"] == content["usage"]["total_tokens"] > len(DOCUMENTS) * 4
     assert "inference" in reply.headers["Server-Timing"]
 
@@ -103,6 +107,19 @@ def test_teis_request_has_teis_reply(server: Server, raw: Scores) -> None:
     assert set(server.client.post("/rerank", json=body | {"return_text": False}).json()[0]) == {"index", "score"}
 
 
+def test_what_is_wrong_with_teis_request_is_told_as_tei_does(server: Server) -> None:
+    refused = server.client.post("/rerank", json={"query": QUERY, "texts": ["a", ""]})
+    assert refused.status_code == 400 and refused.json()["error_type"] == "Validation"
+    assert refused.json()["error"].startswith("texts[1] is an empty string")
+
+
+def test_the_files_prompt_is_put_before_the_query(server: Server, raw: Scores) -> None:
+    found = scores_of(results(server, model="prompted", raw_scores=True))
+    by_hand = scores_of(results(server, query=f"the winter {QUERY}", raw_scores=True))
+    np.testing.assert_allclose(found, by_hand, atol=TOLERANCE)
+    assert not np.allclose(found, raw, atol=TOLERANCE)
+
+
 def test_what_is_too_long_is_cut_only_if_asked_and_said(server: Server) -> None:
     documents = ["short", "the river " * 200]
     refused = error(post(server, documents=documents))
@@ -111,8 +128,23 @@ def test_what_is_too_long_is_cut_only_if_asked_and_said(server: Server) -> None:
     reply = post(server, documents=documents, truncate=True)
     assert reply.json()["usage"]["truncated_inputs"] == [1]
     assert reply.headers["X-Embeddings-Truncated"] == "1"
-    refused = error(post(server, query="the river " * 200, truncate=True))
-    assert refused["code"] == "input_too_long"
+    for model in ("reranker", "dense"):
+        for truncate in (True, None):
+            refused = error(post(server, model=model, query="the river " * 200, truncate=truncate))
+            assert refused["code"] == "input_too_long" and refused["message"].startswith("query ")
+
+
+def test_a_documents_other_keys_are_only_given_back(server: Server, raw: Scores) -> None:
+    """As Cohere's clients send them."""
+    documents = [{"id": place, "title": "none", "text": text} for place, text in enumerate(DOCUMENTS)]
+    found = results(server, documents=documents, raw_scores=True, return_documents=True)
+    np.testing.assert_allclose(scores_of(found), raw, atol=TOLERANCE)
+    assert [each["document"] for each in found] == [documents[each["index"]] for each in found]
+
+
+def test_null_is_as_good_as_left_out(server: Server) -> None:
+    body = {"model": None, "model_id": "reranker", "query": QUERY, "documents": DOCUMENTS, "top_n": None, "top_k": 2}
+    assert len(server.client.post("/v1/rerank", json=body).json()["results"]) == 2
 
 
 def test_many_documents(server: Server) -> None:
@@ -136,6 +168,8 @@ def test_many_documents(server: Server) -> None:
         ({"documents": ["a"] * 2049}, "too_many_inputs", "documents has 2049 items"),
         ({"documents": [{"image": "AAAA"}]}, "unsupported_modality", "documents[0] has an image"),
         ({"texts": ["a"]}, None, "documents and texts exclude each other"),
+        ({"top_n": 1, "top_k": 1}, "invalid_value", "top_n and top_k mean the same"),
+        ({"model_id": "dense"}, "invalid_value", "model and model_id mean the same"),
         ({"query": ""}, "empty_input", "query is an empty string"),
         ({"query": ["a"]}, "invalid_type", "query must be a string"),
         ({"query": None}, "missing_required_parameter", "query is missing"),

@@ -79,6 +79,7 @@ class Worker:
         self._collating: list[Job] = []
         self._running: list[Job] = []
         self._stopping = False
+        self._stopped = threading.Event()  # the same, to wait for
         self._failed_in_a_row = 0
         self._first_load: BaseException | None = None
         self._settled = threading.Event()  # the first load has succeeded or failed
@@ -106,6 +107,7 @@ class Worker:
         """End after the batch that runs. Every request that is not answered yet is failed, at once."""
         with self._queue.lock:
             self._stopping = True
+            self._stopped.set()
             self._queue.arrived.notify_all()
             self._queue.filled.notify_all()
         self._fail_everything(WorkerLost("the server is shutting down"))
@@ -166,7 +168,7 @@ class Worker:
             return False
         self.state, self.backend = "restarting", None
         self.restarts += 1
-        time.sleep(RESTART_PAUSES[self._failed_in_a_row - 1])
+        self._stopped.wait(RESTART_PAUSES[self._failed_in_a_row - 1])
         return True
 
     def _serve(self) -> None:

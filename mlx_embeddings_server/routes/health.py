@@ -11,7 +11,10 @@ from mlx_embeddings_server.served_model import ServedModel
 
 router = APIRouter(tags=["Service"])
 
-_ENDPOINTS = ("/v1/embeddings", "/v1/models", "/embed", "/health", "/livez", "/readyz", "/metrics", "/docs")
+_ENDPOINTS = (
+    "/v1/embeddings", "/v1/embed_sparse", "/v1/rerank", "/v1/models", "/api/v1/embeddings", "/api/v1/embed_sparse",
+    "/api/v1/rerank", "/api/v1/models", "/embed", "/rerank", "/health", "/livez", "/readyz", "/metrics", "/docs",
+)  # fmt: skip
 
 
 @router.head("/", include_in_schema=False)

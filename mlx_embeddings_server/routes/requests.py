@@ -19,6 +19,7 @@ from mlx_embeddings_server.errors import (
 )
 from mlx_embeddings_server.routes.disconnects import DisconnectWatcher
 from mlx_embeddings_server.runtime import Runtime
+from mlx_embeddings_server.schemas.spellings import EXCLUSIVE
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -114,6 +115,8 @@ def _invalid_body(error: ValidationError) -> InvalidRequest:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return InvalidRequest(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    if first["type"] == EXCLUSIVE:
+        return InvalidRequest(first["msg"], param=first["ctx"]["other"], code="invalid_value")
     if not first["loc"]:
         return InvalidRequest("the body must be a JSON object", code="invalid_json")
     param = str(first["loc"][0])

@@ -40,6 +40,7 @@ async def answer(request: Request, body: RerankRequest) -> Response:
     if body.documents is not None and body.texts is not None:
         raise InvalidRequest("documents and texts exclude each other: send one of them", param="texts")
     field = "documents" if body.texts is None else "texts"
+    request.state.is_tei = field == "texts"  # so is what is wrong with it told
     given = body.documents if body.texts is None else body.texts
     if given is None:
         raise InvalidRequest("documents is missing", param="documents", code="missing_required_parameter")
@@ -68,7 +69,7 @@ async def answer(request: Request, body: RerankRequest) -> Response:
             | ({"document": _document(given[index])} if body.return_documents else {})
             for index in best
         ]
-        reply = {"object": "list", "model": model.name, "results": results, "usage": usage(result)}
+        reply = {"object": "rerank", "model": model.name, "results": results, "usage": usage(result)}
     return json_reply(reply, account_headers(result))
 
 
@@ -83,10 +84,21 @@ def _contents(model: ServedModel, given: Any, most: int, field: str, *, one: boo
             raise InvalidInput(
                 f"{field}[{index}]", 'must be a string, {"text": ...} or {"image": ...}', code="invalid_type"
             )
-    value = given[0] if one else given
+    kept = [_content_of(each) for each in given]
     return parse_input(
-        value, modalities=model.info.modalities, separator=model.info.separator, max_inputs=most, field=field
+        kept[0] if one else kept,
+        modalities=model.info.modalities,
+        separator=model.info.separator,
+        max_inputs=most,
+        field=field,
     )
+
+
+def _content_of(given: str | dict[str, Any]) -> str | dict[str, Any]:
+    """Of an object what is scored: Cohere's clients send documents with an id, a title and whatever else they have."""
+    if not isinstance(given, dict):
+        return given
+    return {key: value for key, value in given.items() if key in ("text", "image")} or given
 
 
 def _document(given: str | dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +106,17 @@ def _document(given: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def _first_reranker(models: Models) -> ServedModel:
-    """For TEI's clients, which name none."""
-    for model in models:
-        info = model.known_info
-        if model.spec.kind == "rerank" or (info is not None and info.output == "rerank"):
+    """For clients that name none, TEI's: the same whatever has been loaded meanwhile. Raises `InvalidRequest`."""
+    served = list(models)
+    for model in served:
+        is_one = model.spec.pinned and model.known_info is not None and model.known_info.output == "rerank"
+        if is_one or model.spec.kind == "rerank":
             return model
-    return next(iter(models))
+    if len(served) == 1:
+        return served[0]
+    raise InvalidRequest(
+        "model is missing, and of the models that are served none is known to be the reranker: name one, or give it "
+        "`type: rerank` in the server's file",
+        param="model",
+        code="missing_required_parameter",
+    )

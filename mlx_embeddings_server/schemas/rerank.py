@@ -1,8 +1,10 @@
 """Reranking: the fields of Cohere's, Jina's and the unified API's requests, and those of TEI's."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+
+from mlx_embeddings_server.schemas.spellings import respelled
 
 _ONE: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
 
@@ -12,10 +14,11 @@ class RerankRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
+    spellings: ClassVar[dict[str, str]] = {"model_id": "model", "top_k": "top_n"}
+
     model: str | None = Field(
         None,
-        validation_alias=AliasChoices("model", "model_id"),
-        description="A served id or alias. Default: the first reranker.",
+        description="A served id or alias. Default: the first that is known to be a reranker.",
     )
     # Checked by inputs.parse, whose messages name the item.
     query: Annotated[Any, Field(json_schema_extra=_ONE)]
@@ -27,7 +30,6 @@ class RerankRequest(BaseModel):
     texts: Any = Field(None, description="TEI: a list of strings.", json_schema_extra={"type": "array"})
     top_n: Annotated[StrictInt, Field(ge=1)] | None = Field(
         None,
-        validation_alias=AliasChoices("top_n", "top_k"),
         description="So many of the best (`top_k` means the same). Default: all.",
     )
     return_documents: StrictBool | None = Field(None, description="Put each document beside its score.")
@@ -39,3 +41,8 @@ class RerankRequest(BaseModel):
     truncation_direction: Literal["left", "right", "Left", "Right"] | None = Field(
         None, description="TEI: the side that is cut. Default: right."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _respell(cls, values: Any) -> Any:
+        return respelled(values, cls.spellings)

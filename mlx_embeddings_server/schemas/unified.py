@@ -2,12 +2,15 @@
 
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from mlx_embeddings_server.errors import InvalidRequest, quoted
 from mlx_embeddings_server.schemas.openai import EmbeddingsRequest
 from mlx_embeddings_server.schemas.rerank import RerankRequest
 from mlx_embeddings_server.schemas.sparse import SparseRequest
+from mlx_embeddings_server.schemas.spellings import respelled
+
+_SPELLINGS = {"model_id": "model", "texts": "input"}
 
 
 class Options(BaseModel):
@@ -40,10 +43,15 @@ class UnifiedEmbeddingsRequest(EmbeddingsRequest):
         "prompt_name": "prompt_name",
     }
 
-    model: str = Field(validation_alias=AliasChoices("model", "model_id"), description="`model_id` means the same.")
-    input: Any = Field(validation_alias=AliasChoices("input", "texts"), description="`texts` means the same.")
+    model: str = Field(description="`model_id` means the same.")
+    input: Any = Field(description="`texts` means the same.")
     texts: Any = None
     options: Options | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _respell(cls, values: Any) -> Any:
+        return respelled(values, _SPELLINGS)
 
 
 class UnifiedSparseRequest(SparseRequest):
@@ -55,9 +63,14 @@ class UnifiedSparseRequest(SparseRequest):
         "prompt_name": "prompt_name",
     }
 
-    model: str = Field(validation_alias=AliasChoices("model", "model_id"), description="`model_id` means the same.")
-    input: Any = Field(validation_alias=AliasChoices("input", "texts"), description="`texts` means the same.")
+    model: str = Field(description="`model_id` means the same.")
+    input: Any = Field(description="`texts` means the same.")
     options: Options | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _respell(cls, values: Any) -> Any:
+        return respelled(values, _SPELLINGS)
 
 
 class UnifiedRerankRequest(RerankRequest):
