@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_embeddings_server import yaml_file
@@ -11,6 +12,7 @@ from mlx_embeddings_server.settings import Settings, SettingsError, load_setting
 from mlx_embeddings_server.yaml_file import Location, dotted
 
 if TYPE_CHECKING:
+    from mlx_embeddings_server.provider_entry import ProviderEntry
     from mlx_embeddings_server.registry import ModelSpec
 
 
@@ -39,9 +41,11 @@ def _check(path: str, settings: Settings) -> list[str]:
     """Prints the models that are right; what is wrong with the others. Raises `SettingsError`."""
     # Only now: numpy takes longer than all that was needed so far.
     from mlx_embeddings_backends.errors import ModelError
-    from mlx_embeddings_server.registry import model_specs
+    from mlx_embeddings_server.registry import model_specs, provider_entries
 
     specs = model_specs(settings)
+    for name, entry in provider_entries(settings).items():
+        print(f"{name}: {_describe_provider(name, entry, Path(path).absolute().parent)}")
     if not specs:
         return [f"{path}: names no model: list some under `models:`, each as `NAME: {{name: ID_OR_PATH}}`"]
     file = yaml_file.read(path)
@@ -65,11 +69,27 @@ def _check(path: str, settings: Settings) -> list[str]:
     return problems
 
 
+def _describe_provider(name: str, entry: "ProviderEntry", folder: Path) -> str:
+    """A key that is not here may be where the server will run: that is told, and no error."""
+    from mlx_embeddings_server.provider_entry import key_of
+
+    try:
+        key = "with a key" if key_of(name, entry, folder) else "without a key"
+    except ValueError as error:
+        key = f"without its key here: {error}"
+    also = "any model of it" if entry.any_model else ", ".join(f"{name}:{model}" for model in entry.models)
+    return f"provider at {entry.url_of(name)}" + (f", which also serves {also}" if also else "") + f", {key}"
+
+
 def _describe(spec: "ModelSpec") -> tuple[str, str]:
     """The name that it would be served by, and what it is. Raises `ModelError`."""
     from mlx_embeddings_backends import hub
-    from mlx_embeddings_server.served_model import Found
+    from mlx_embeddings_server.found import Found
 
+    if spec.is_remote:
+        size = "of the size that it gives" if spec.dimensions is None else f"of {spec.dimensions} dimensions"
+        assert spec.name is not None
+        return spec.name, f"{spec.source} at the provider {spec.provider}, vectors {size}"
     name = spec.name or hub.ALIASES.get(spec.source, spec.source)
     if spec.pretrained is not None:  # which only open_clip knows, and that takes torch
         return name, f"open_clip's {spec.source} with the weights {spec.pretrained}, looked up when it is loaded"

@@ -49,6 +49,12 @@ class AuthenticationFailed(ApiError):
     code = "invalid_api_key"
 
 
+class PermissionDenied(ApiError):
+    status = 403
+    type = "permission_error"
+    code = "admin_required"
+
+
 class NotFound(ApiError):
     status = 404
     type = "not_found_error"
@@ -73,18 +79,34 @@ class NotJson(ApiError):
 
 
 class Overloaded(ApiError):
-    """The queue is full. Nothing was computed; the caller may come back after `Retry-After` seconds."""
+    """A queue is full, here or at a provider. Nothing was computed; there may be room after `Retry-After` seconds."""
 
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
 
-    def __init__(self, message: str, *, retry_after: int) -> None:
-        super().__init__(message, headers={"Retry-After": str(retry_after)})
+    def __init__(self, message: str, *, retry_after: int, code: str | None = None) -> None:
+        super().__init__(message, code=code, headers={"Retry-After": str(retry_after)})
+
+
+class RateLimitExceeded(ApiError):
+    """The caller has had what is his of this minute. `headers` has Retry-After."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class InternalError(ApiError):
     code = "internal_error"
+
+
+class BadGateway(ApiError):
+    """Another server, which has the model, cannot do its part, and will not by itself."""
+
+    status = 502
+    type = "server_error"
+    code = "provider_failed"
 
 
 class Unavailable(ApiError):
@@ -104,6 +126,14 @@ def openai_body(error: ApiError) -> dict[str, Any]:
     if error.details is not None:
         body["details"] = error.details
     return {"error": body}
+
+
+def tldw_body(error: ApiError) -> dict[str, Any]:
+    """The tldw server's shapes: one for inputs that are too long, FastAPI's for all else, with our `code` beside it."""
+    if error.code == "input_too_long":
+        return {"error": error.code, "message": error.message, "details": error.details or []}
+    body: dict[str, Any] = {"detail": error.message, "code": error.code}
+    return body if error.details is None else body | {"details": error.details}
 
 
 def embed_body(error: ApiError) -> dict[str, Any]:

@@ -17,7 +17,16 @@ from mlx_embeddings_backends.errors import (
 )
 from mlx_embeddings_server.engine.queue import QueueFull
 from mlx_embeddings_server.engine.worker import InferenceFailed, NonFiniteVector, WorkerLost
-from mlx_embeddings_server.errors import InternalError, InvalidInput, Overloaded, Unavailable
+from mlx_embeddings_server.errors import (
+    ApiError,
+    BadGateway,
+    InternalError,
+    InvalidInput,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
+from mlx_embeddings_server.providers.base import InputRefused, KeyRejected, ProviderBusy, ProviderFailed
 
 _LONGEST_RETRY_AFTER = 60  # seconds
 
@@ -31,10 +40,7 @@ def as_api_errors(field: str, place_of: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        indexes: defaultdict[int, list[int]] = defaultdict(list)
-        for index, place in enumerate(place_of):
-            indexes[place].append(index)
-        raise _invalid_input(error, field, indexes) from error
+        raise _invalid_input(error, field, _indexes(place_of)) from error
     except QueueFull as error:
         retry_after = min(max(1, round(error.retry_after)), _LONGEST_RETRY_AFTER)
         message = f"the server is full: {error}; try again in {retry_after} s"
@@ -47,10 +53,41 @@ def as_api_errors(field: str, place_of: Sequence[int]) -> Iterator[None]:
         raise InternalError(message, code="inference_failed") from error
     except WorkerLost as error:
         raise Unavailable(f"{error}: try again later", code="backend_lost") from error
+    except (ProviderFailed, ProviderBusy, InputRefused) as error:
+        raise _of_provider(error, field, place_of) from error
+
+
+def _of_provider(error: ProviderFailed | ProviderBusy | InputRefused, field: str, place_of: Sequence[int]) -> ApiError:
+    """503 for what may pass by itself, 502 for what does not."""
+    match error:
+        case InputRefused(lengths=[_, *_]):
+            too_long = InputTooLong(error.lengths, error.max_tokens)
+            return _too_long(too_long, field, _indexes(place_of), remedy="send shorter inputs")
+        case InputRefused():
+            code = "input_too_long" if error.is_too_long else "provider_refused_input"
+            said = f": {error}" if str(error) else ""
+            return InvalidRequest(f"the model's provider refuses the {field}{said}", param=field, code=code)
+        case ProviderBusy():
+            return Overloaded(f"{error}; try again later", retry_after=1, code="provider_busy")
+        case KeyRejected():
+            return BadGateway(str(error), code="provider_rejected_key")
+        case ProviderFailed(is_temporary=True):
+            seconds = None if error.retry_after is None else max(1, round(error.retry_after))
+            headers = {} if seconds is None else {"Retry-After": str(seconds)}
+            return Unavailable(f"{error}; try again later", code="provider_failed", headers=headers)
+    return BadGateway(str(error))
+
+
+def _indexes(place_of: Sequence[int]) -> Mapping[int, Sequence[int]]:
+    """For an item's place, the inputs that it came from."""
+    indexes: defaultdict[int, list[int]] = defaultdict(list)
+    for index, place in enumerate(place_of):
+        indexes[place].append(index)
+    return indexes
 
 
 def _invalid_input(error: InputError, field: str, indexes: Mapping[int, Sequence[int]]) -> InvalidInput:
-    """`indexes` has, for an item's place, the inputs that it came from."""
+    """`indexes` is of `_indexes`."""
     if isinstance(error, QueryTooLong):
         message = (
             f"leaves no room for a document of the {error.max_tokens} tokens that the model takes, and only documents "
@@ -92,7 +129,9 @@ def _where(field: str, indexes: Mapping[int, Sequence[int]], place: int) -> str:
     return f"{field}[{indexes[place][0]}]" if place in indexes else "query"
 
 
-def _too_long(error: InputTooLong, field: str, indexes: Mapping[int, Sequence[int]]) -> InvalidInput:
+def _too_long(
+    error: InputTooLong, field: str, indexes: Mapping[int, Sequence[int]], remedy: str | None = None
+) -> InvalidInput:
     details: list[dict[str, Any]] = sorted(
         (
             {"index": index, "tokens": tokens, "max_tokens": error.max_tokens}
@@ -102,7 +141,7 @@ def _too_long(error: InputTooLong, field: str, indexes: Mapping[int, Sequence[in
         key=lambda detail: detail["index"],
     )
     others = f" (and {len(details) - 1} more inputs are too long)" if len(details) > 1 else ""
-    remedy = (
+    remedy = remedy or (
         "the prompt or the query leaves no room for the text: send a shorter one"
         if error.prompt_fills
         else 'send shorter inputs, or "truncate": "end" to have them cut'

@@ -13,9 +13,14 @@ from mlx_embeddings_server import __version__, check
 from mlx_embeddings_server.settings import ENVIRONMENT_PREFIX, FILE_ONLY, Settings, SettingsError, load_settings
 
 _CHECK = "check"
+_WORKER = "worker"
 _DESCRIPTION = (
     "An embeddings server for MLX and torch that speaks OpenAI's API. In the place of options, `check FILE` says what "
-    "a file for --config would serve, without loading anything."
+    "a file for --config would serve, without loading anything; before options, `worker` does jobs instead of serving."
+)
+_WORKER_DESCRIPTION = (
+    "Do the jobs of a server that has its collections in a store by URL: embed collections anew. Takes the server's "
+    "options; those of serving mean nothing here. A model is loaded when a job needs it."
 )
 
 _NO_MODEL = """\
@@ -35,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments[:1] == [_CHECK]:
         check.main(arguments[1:])
         return
-    flags = vars(argument_parser().parse_args(arguments))
+    is_worker = arguments[:1] == [_WORKER]
+    parser = argument_parser("mlx-embeddings-server worker", _WORKER_DESCRIPTION) if is_worker else argument_parser()
+    flags = vars(parser.parse_args(arguments[is_worker:]))
     try:
         settings = load_settings({name: value for name, value in flags.items() if value is not None})
     except SettingsError as error:
@@ -45,12 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     # Only now: what follows imports the web framework, and then the model's backend.
     from mlx_embeddings_backends.errors import ModelError
-    from mlx_embeddings_server.serve import serve
+
+    if is_worker:
+        from mlx_embeddings_server.work import work as run
+    else:
+        from mlx_embeddings_server.serve import serve as run
 
     # The first process of a container ignores what it does not handle. Once it serves, the server drains instead.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
     try:
-        serve(settings)
+        run(settings)
     except (SettingsError, ModelError) as error:
         _exit(str(error))
     except KeyboardInterrupt:  # while the model was loading: later it is a signal that the server handles

@@ -39,7 +39,10 @@ class ModelEntry(BaseModel):
     # Strict: it comes from YAML alone, where `true` is no number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: Text = Field(description="hub id or path of the model; ./ and ../ are from the file's folder")
+    name: Text = Field(
+        description="hub id or path of the model; ./ and ../ are from the file's folder; or what its provider calls it"
+    )
+    provider: Text | None = Field(None, description="local, which is the default, or one of `providers`")
     type: Literal["embeddings", "sparse-embeddings", "rerank"] | None = None
     backend: Literal["auto", "mlx", "torch"] | None = None
     device: Device | None = None
@@ -56,16 +59,25 @@ class ModelEntry(BaseModel):
     truncate: Literal["none", "end", "start"] | None = None
     allow_unverified: bool | None = None
     pinned: bool = False
+    # Of vectors. What gives others is not served; it is needed before the first use of a model only for fallbacks.
+    dimensions: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    fallback: Annotated[tuple[Text, ...], BeforeValidator(lambda value: listed(value))] = ()
+    fallback_other_dimensions: bool = False
+    fallback_when_full: bool = False
     # `math.inf` is never, which is something else than None.
     keep_alive: Annotated[float | None, BeforeValidator(parse_duration)] = None
 
 
 def aliases_of(entry: Mapping[str, Any]) -> Any:
+    return listed(entry.get("aliases"))
+
+
+def listed(value: Any) -> Any:
     """A list, or one that is written without a list around it."""
-    aliases = entry.get("aliases")
-    if isinstance(aliases, str):
-        return (aliases,)
-    return tuple(aliases) if isinstance(aliases, list) else aliases
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def name_problems(models: Any) -> Iterator[tuple[Location, str]]:

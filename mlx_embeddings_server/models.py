@@ -3,17 +3,24 @@
 import asyncio
 import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from mlx_embeddings_backends import detect, hub
 from mlx_embeddings_backends.errors import ModelError
+from mlx_embeddings_server.allow_list import AllowList
 from mlx_embeddings_server.engine.turns import DeviceTurns
-from mlx_embeddings_server.errors import NotFound, quoted
+from mlx_embeddings_server.errors import ApiError, NotFound
+from mlx_embeddings_server.fallbacks import Fallbacks
+from mlx_embeddings_server.found import Found
 from mlx_embeddings_server.metrics import Metrics
-from mlx_embeddings_server.registry import model_specs
-from mlx_embeddings_server.served_model import Found, Load, Parts, ServedModel
-from mlx_embeddings_server.settings import Settings
+from mlx_embeddings_server.model import Model
+from mlx_embeddings_server.names import Names
+from mlx_embeddings_server.providers.endpoint import Endpoint
+from mlx_embeddings_server.registry import model_specs, provider_specs
+from mlx_embeddings_server.remote_model import RemoteModel
+from mlx_embeddings_server.served_model import Load, Parts, ServedModel
+from mlx_embeddings_server.settings import Settings, SettingsError
 
 # Seconds between two looks whether a model has been idle for long enough.
 _IDLE_CHECK = 1.0
@@ -25,13 +32,22 @@ class Models:
     def __init__(self, settings: Settings, metrics: Metrics, load: Load = detect.load) -> None:
         """Find the pinned models' checkpoints, without loading them. Raises `ModelError` or `SettingsError`."""
         self._max_memory = settings.max_memory
-        self._by_name: dict[str, ServedModel] = {}
+        self._local: list[ServedModel] = []
         self._loaded = False
-        parts = Parts(metrics, load, settings.max_queue_tokens, DeviceTurns())
+        names: dict[str, Model] = {}
+        providers = provider_specs(settings)
+        self.providers: Mapping[str, Endpoint] = {name: Endpoint(spec.endpoint) for name, spec in providers.items()}
+        keeps = settings.cache or settings.collections is not None
+        parts = Parts(metrics, load, settings.max_queue_tokens, DeviceTurns(), keep_results=keeps)
         given: dict[str, str] = {}  # aliases
         derived: dict[str, str] = {}
         specs = model_specs(settings)
         for spec in specs:
+            if spec.is_remote:
+                assert spec.name is not None, "models of the file have names"
+                given |= dict.fromkeys(spec.aliases, spec.name)
+                names[spec.name] = RemoteModel(spec.name, spec, self.providers[spec.provider])
+                continue
             with _named(spec.name or spec.source, among=len(specs)):
                 found = Found.of(spec) if spec.pinned else None
             name = spec.name
@@ -43,13 +59,18 @@ class Models:
                     derived[spec.source] = name
                     derived |= {short: name for short, full in hub.ALIASES.items() if full == name}
             assert name is not None, "models of the file have names"
-            if name in self._by_name:
+            if name in names:
                 raise ModelError(f"two models would be served as {name!r}: give each a --served-model-name")
             given |= dict.fromkeys(spec.aliases, name)
-            self._by_name[name] = ServedModel(name, spec, parts, self._make_room, found)
-        if twice := given.keys() & self._by_name.keys():
+            names[name] = model = ServedModel(name, spec, parts, self._make_room, found)
+            self._local.append(model)
+        if twice := given.keys() & names.keys():
             raise ModelError(f"{min(twice)!r} is a model's name and another one's alias")
-        self._aliases = derived | given  # what nobody wrote gives way
+        # Of aliases, what nobody wrote gives way.
+        self._names = Names(names, derived | given, providers, self.providers)
+        self._fallbacks = Fallbacks(self._names)
+        self.allow_list = AllowList(self._names, settings.allowed_models, settings.allowed_providers)
+        self._default = self._named_default(settings.default_model)
 
     def load(self) -> None:
         """Load and warm up the pinned models; returns when they can answer. Does nothing twice. Raises `ModelError`."""
@@ -63,29 +84,71 @@ class Models:
             raise
 
     def _load_pinned(self) -> None:
-        for model in self:
+        for model in self._local:
             if model.spec.pinned:
-                with _named(model.name, among=len(self._by_name)):
+                with _named(model.name, among=len(self._local)):
                     model.load_now()
-        taken = sum(model.memory_bytes for model in self if model.is_loaded)
+        self._fallbacks.check()
+        taken = sum(model.memory_bytes for model in self._local if model.is_loaded)
         if self._max_memory is not None and taken > self._max_memory:
             raise ModelError(
                 f"the models that are loaded at the start take {_megabytes(taken)}, and --max-memory is "
                 f"{_megabytes(self._max_memory)}"
             )
 
-    def get(self, name: str) -> ServedModel:
-        """By served name or alias. Raises `NotFound` with what there is."""
-        try:
-            return self._by_name[name if name in self._by_name else self._aliases[name]]
-        except KeyError:
-            served = ", ".join(self._by_name)
-            raise NotFound(
-                f"the model {quoted(name)} is not served here; served: {served}", param="model", code="model_not_found"
-            ) from None
+    def get(self, name: str, provider: str | None = None) -> Model:
+        """By served name, alias or PROVIDER:MODEL; with a `provider`, of its models. Raises `NotFound`.
 
-    def __iter__(self) -> Iterator[ServedModel]:
-        return iter(self._by_name.values())
+        A name that is not served is looked for at the default model's provider, too.
+        """
+        try:
+            return self._names.get(name, provider)
+        except NotFound:
+            says_where = provider is not None or self._names.is_provider(name.partition(":")[0])
+            if says_where or self._default is None or not self._default.spec.is_remote:
+                raise
+            with suppress(NotFound):  # the first one says more
+                return self._names.get(name, self._default.spec.provider)
+            raise
+
+    def asked(self, name: str, provider: str | None = None) -> Model:
+        """The same, for whoever wants to use it. Raises `PermissionDenied` for what is not allowed."""
+        model = self.get(name, provider)
+        self.allow_list.check(model)
+        return model
+
+    @property
+    def default(self) -> Model | None:
+        """That of --default-model."""
+        return self._default
+
+    def _named_default(self, name: str | None) -> Model | None:
+        """Raises `SettingsError`."""
+        if name is None:
+            return None
+        try:
+            model = self._names.get(name)
+            self.allow_list.check(model)
+        except ApiError as error:
+            raise SettingsError(f"--default-model: {error}") from error
+        return model
+
+    @property
+    def provider_names(self) -> Sequence[str]:
+        """`local`, and those of the file."""
+        return self._names.providers
+
+    def usable(self) -> Iterator[Model]:
+        """Those of the listed ones that are allowed."""
+        return filter(self.allow_list.allows, self)
+
+    def fallbacks_of(self, model: Model) -> Sequence[Model]:
+        """What is tried in its place, in this order."""
+        return list(filter(self.allow_list.allows, self._fallbacks.of(model)))
+
+    def __iter__(self) -> Iterator[Model]:
+        """All that are listed: those of the flags and the file, and those that providers are allowed to serve."""
+        return iter(self._names)
 
     async def unload_idle(self) -> None:
         """For ever: unload models that nobody has asked for in their `keep_alive`."""
@@ -94,7 +157,7 @@ class Models:
             now = time.monotonic()
             idle = [
                 model
-                for model in self
+                for model in self._local
                 if model.spec.keep_alive is not None
                 and not model.spec.pinned
                 and model.is_loaded
@@ -109,7 +172,7 @@ class Models:
         Called before the model's load, and after it with what it really takes. Raises `ModelError`.
         """
         while self._max_memory is not None:
-            others = [each for each in self if each is not model and each.held_bytes]
+            others = [each for each in self._local if each is not model and each.held_bytes]
             left = self._max_memory - sum(each.held_bytes for each in others if each.spec.pinned)
             if needed > left:  # before anything leaves for its sake
                 pinned = f", of which pinned models leave {_megabytes(left)}" if left < self._max_memory else ""
@@ -129,9 +192,14 @@ class Models:
             await min(unpinned, key=lambda each: (each.users > 0 or each.reserved_bytes > 0, each.used_at)).unload()
         model.reserved_bytes = needed
 
+    async def aclose(self) -> None:
+        """Close the connections to other servers."""
+        for endpoint in self.providers.values():
+            await endpoint.aclose()
+
     def stop(self) -> None:
         """Fail every request that is not answered yet; the workers end after the batch that runs."""
-        for model in self:
+        for model in self._local:
             model.stop()
 
     def close(self, timeout: float = 0) -> bool:
@@ -139,7 +207,7 @@ class Models:
         self.stop()
         gc.unfreeze()  # else what the libraries made would never be freed, and nanobind prints a page of leaks
         deadline = time.monotonic() + timeout
-        return all([model.close(deadline) for model in self])
+        return all([model.close(deadline) for model in self._local])
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_embeddings_backends.base import ModelInfo, Output, Role, Truncate
-from mlx_embeddings_server.errors import InvalidRequest, quoted
+from mlx_embeddings_server.errors import InvalidInput, InvalidRequest, quoted
 from mlx_embeddings_server.inputs.parse import Content, ImageSource
+from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.pooling import Pool
-from mlx_embeddings_server.served_model import ServedModel
+from mlx_embeddings_server.settings import DimensionsPolicy
 
 # The names that checkpoints give a role's prompt, in sentence-transformers' order; the first that is not empty is used.
 _ROLE_PROMPTS: dict[Role, tuple[str, ...]] = {"query": ("query",), "document": ("document", "passage", "corpus")}
@@ -20,6 +21,7 @@ _ROUTES: dict[Output, str] = {
     "sparse": "/v1/embed_sparse",
     "rerank": "/v1/rerank",
 }
+_LARGEST_TOKEN_ID = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class EmbedOptions:
     with_patches: bool = False
     outputs: tuple[Output, ...] | None = None
     max_active_dims: int | None = None  # of a sparse vector: its largest values
+    dimensions_policy: DimensionsPolicy | None = None
 
     @property
     def role(self) -> Role | None:
@@ -48,7 +51,7 @@ class EmbedOptions:
         return self.input_type
 
 
-def outputs_of(model: ServedModel, options: EmbedOptions) -> tuple[Output, ...]:
+def outputs_of(model: Model, options: EmbedOptions) -> tuple[Output, ...]:
     """The kinds of vector that the reply is to have, each once."""
     info = model.info
     if options.outputs is None:
@@ -67,7 +70,7 @@ def outputs_of(model: ServedModel, options: EmbedOptions) -> tuple[Output, ...]:
     return tuple(dict.fromkeys(options.outputs))
 
 
-def wrong_type(model: ServedModel, what_it_does: str) -> InvalidRequest:
+def wrong_type(model: Model, what_it_does: str) -> InvalidRequest:
     return InvalidRequest(f"the model {model.name!r} {what_it_does}", param="model", code="wrong_model_type")
 
 
@@ -87,6 +90,27 @@ def check_pooling(wanted: Sequence[Output], options: EmbedOptions, contents: Seq
         for index, content in enumerate(contents):
             if not isinstance(content, ImageSource):
                 raise invalid_value(f"pool is over an image's patches, and {field}[{index}] is no image", "pool")
+
+
+def check_truncate(model: Model, truncate: Truncate | None) -> None:
+    """What another server tokenises cannot be cut here."""
+    if model.spec.is_remote and truncate not in (None, "none"):
+        raise invalid_value(
+            f"truncate is for models that run here, and {model.name!r} runs at {model.spec.provider}: send shorter "
+            "inputs",
+            "truncate",
+        )
+
+
+def check_token_ids(contents: Sequence[Content], field: str) -> None:
+    """Of another server's model, whose vocabulary nobody knows here: what a request there can hold."""
+    for index, content in enumerate(contents):
+        if isinstance(content, tuple) and not 0 <= min(content) <= max(content) <= _LARGEST_TOKEN_ID:
+            wrong = next(each for each in content if not 0 <= each <= _LARGEST_TOKEN_ID)
+            shown = wrong if abs(wrong) < 10**40 else "of more than 40 digits"
+            raise InvalidInput(
+                f"{field}[{index}]", f"has the token id {shown}, which is in no vocabulary", code="invalid_token_id"
+            )
 
 
 def prompt_of(info: ModelInfo, options: EmbedOptions) -> str:

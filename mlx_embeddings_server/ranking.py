@@ -12,11 +12,11 @@ from mlx_embeddings_backends.base import EncodedImage, Item, Pair, Role, Truncat
 from mlx_embeddings_server.errors import InvalidInput
 from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.parse import Content
-from mlx_embeddings_server.metrics import Metrics
-from mlx_embeddings_server.options import EmbedOptions, prompt_of, wrong_type
+from mlx_embeddings_server.model import Model
+from mlx_embeddings_server.options import EmbedOptions, check_truncate, prompt_of, wrong_type
 from mlx_embeddings_server.pooling import normalized
-from mlx_embeddings_server.providers.local import Timings, Vectors
-from mlx_embeddings_server.served_model import ServedModel
+from mlx_embeddings_server.providers.base import Timings, Vectors
+from mlx_embeddings_server.request_record import note_inputs
 from mlx_embeddings_server.service import EmbeddingService
 
 _QUERY_TOO_LONG = (
@@ -42,13 +42,12 @@ class Ranking:
 class RankingService:
     """Stands on the embedding service. All errors that it raises are `ApiError`s."""
 
-    def __init__(self, embedding: EmbeddingService, metrics: Metrics) -> None:
+    def __init__(self, embedding: EmbeddingService) -> None:
         self._embedding = embedding
-        self._metrics = metrics
 
     async def rerank(
         self,
-        model: ServedModel,
+        model: Model,
         query: Content,
         documents: Sequence[Content],
         *,
@@ -57,6 +56,8 @@ class RankingService:
         field: str = "documents",
     ) -> Ranking:
         """A reranker's relevance, or with `raw_scores` what it was made of; late interaction's MaxSim; or a cosine."""
+        note_inputs(model.name, len(documents))
+        check_truncate(model, truncate)
         match model.info.output:
             case "rerank":
                 vectors = await self._score_pairs(model, query, documents, truncate, field)
@@ -74,7 +75,7 @@ class RankingService:
                 scores = await asyncio.to_thread(max_sim, rows[0], rows[1:])
                 accounts = vectors.accounts[1:]
         prompt_tokens = sum(account.tokens for account in vectors.accounts)
-        self._metrics.prompt_tokens.labels(model.name).inc(prompt_tokens)
+        self._embedding.account(model, len(documents), prompt_tokens)
         return Ranking(
             scores=scores,
             prompt_tokens=prompt_tokens,
@@ -85,7 +86,7 @@ class RankingService:
 
     async def _score_pairs(
         self,
-        model: ServedModel,
+        model: Model,
         query: Content,
         documents: Sequence[Content],
         truncate: Truncate | None,
@@ -101,7 +102,7 @@ class RankingService:
 
     async def _embed(
         self,
-        model: ServedModel,
+        model: Model,
         query: Content,
         documents: Sequence[Content],
         truncate: Truncate | None,
@@ -114,7 +115,7 @@ class RankingService:
         return await self._embedding.run(model, items, truncate, as_api_errors(field, range(1, len(items))))
 
 
-def _item(model: ServedModel, content: str | tuple[int, ...] | EncodedImage, role: Role) -> Item:
+def _item(model: Model, content: str | tuple[int, ...] | EncodedImage, role: Role) -> Item:
     prompt = prompt_of(model.info, EmbedOptions(input_type=role)) if isinstance(content, str) else ""
     return Item(content, prompt, role)
 

@@ -4,10 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mlx_embeddings_backends.base import Kind, Truncate
 from mlx_embeddings_server.model_entry import ModelEntry
+from mlx_embeddings_server.provider_entry import KNOWN, LOCAL_NAMES, ProviderEntry, key_of
+from mlx_embeddings_server.providers import LOCAL
+from mlx_embeddings_server.providers.endpoint import EndpointSettings
 from mlx_embeddings_server.settings import Settings, SettingsError
 
 
@@ -16,7 +19,7 @@ class ModelSpec:
     """One model as the user named it. None: what holds for all models, or what the checkpoint says."""
 
     name: str | None  # that requests call it by; None: the checkpoint's own
-    source: str  # hub id or path
+    source: str  # hub id or path; or what its provider calls it
     kind: Kind | None = None
     backend: Literal["auto", "mlx", "torch"] = "auto"
     device: str = "auto"
@@ -32,6 +35,61 @@ class ModelSpec:
     allow_unverified: bool = False
     pinned: bool = False  # loaded at the start, and never unloaded to make room
     keep_alive: float | None = None  # seconds without a request after which it is unloaded; None: never
+    provider: str = LOCAL
+    dimensions: int | None = None  # that its vectors must have; None: whatever they have
+    max_tokens: int | None = None  # of a model elsewhere, for those who ask
+    fallback: tuple[str, ...] = ()  # names, aliases or PROVIDER:MODEL
+    fallback_other_dimensions: bool = False
+    fallback_when_full: bool = False
+
+    @property
+    def is_remote(self) -> bool:
+        return self.provider != LOCAL
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderSpec:
+    """Another server, and which of its models may be asked for by PROVIDER:MODEL beside those of `models:`."""
+
+    endpoint: EndpointSettings
+    models: tuple[str, ...] = ()
+    any_model: bool = False
+
+
+def provider_specs(settings: Settings) -> dict[str, ProviderSpec]:
+    """Raises `SettingsError`, where a key is not to be had."""
+    folder = Path(settings.config or "").absolute().parent
+    return {name: _provider(name, entry, folder) for name, entry in provider_entries(settings).items()}
+
+
+def provider_entries(settings: Settings) -> dict[str, ProviderEntry]:
+    """The file's, and known ones that a model names."""
+    named = [each for entry in settings.models.values() for each in (entry.provider, *_providers_of(entry.fallback))]
+    return {name: ProviderEntry.model_validate({}) for name in named if name in KNOWN} | dict(settings.providers)
+
+
+def _providers_of(references: tuple[str, ...]) -> list[str]:
+    return [reference.partition(":")[0] for reference in references if ":" in reference]
+
+
+def _provider(name: str, entry: ProviderEntry, folder: Path) -> ProviderSpec:
+    try:
+        key = key_of(name, entry, folder)
+    except ValueError as error:
+        raise SettingsError(f"providers.{name}: {error}") from error
+    endpoint = EndpointSettings(
+        name,
+        entry.url_of(name),
+        key,
+        timeout=entry.timeout,
+        connect_timeout=entry.connect_timeout,
+        batch_size=entry.batch_size,
+        max_in_flight=entry.max_in_flight,
+        retries=entry.retries,
+        failure_threshold=entry.failure_threshold,
+        recovery=entry.recovery,
+    )
+    return ProviderSpec(endpoint, entry.models, entry.any_model)
 
 
 def model_specs(settings: Settings) -> list[ModelSpec]:
@@ -84,6 +142,8 @@ def _flagged(settings: Settings) -> list[ModelSpec]:
 
 def _listed(name: str, entry: ModelEntry, settings: Settings, folder: Path) -> ModelSpec:
     """What the entry leaves out is the settings'."""
+    if entry.provider is not None and entry.provider not in LOCAL_NAMES:
+        return ModelSpec(name, entry.name, aliases=entry.aliases, prompts=entry.prompts, **_common(entry))
     keep_alive = settings.keep_alive if entry.keep_alive is None else entry.keep_alive
     named_adapters = (each.partition("=") for each in entry.adapters)
     return ModelSpec(
@@ -104,7 +164,21 @@ def _listed(name: str, entry: ModelEntry, settings: Settings, folder: Path) -> M
         allow_unverified=settings.allow_unverified if entry.allow_unverified is None else entry.allow_unverified,
         pinned=entry.pinned,
         keep_alive=None if keep_alive == math.inf else keep_alive,
+        **_common(entry),
     )
+
+
+def _common(entry: ModelEntry) -> dict[str, Any]:
+    """Of local models and of others."""
+    is_local = entry.provider is None or entry.provider in LOCAL_NAMES
+    return {
+        "provider": LOCAL if is_local else entry.provider,
+        "dimensions": entry.dimensions,
+        "max_tokens": entry.max_tokens,
+        "fallback": entry.fallback,
+        "fallback_other_dimensions": entry.fallback_other_dimensions,
+        "fallback_when_full": entry.fallback_when_full,
+    }
 
 
 def _place(source: str, folder: Path) -> str:

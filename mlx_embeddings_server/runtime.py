@@ -2,13 +2,19 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from mlx_embeddings_server.auth.caller import Access
+from mlx_embeddings_server.collection_service import CollectionService
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.models import Models
 from mlx_embeddings_server.ranking import RankingService
 from mlx_embeddings_server.service import EmbeddingService
 from mlx_embeddings_server.settings import Settings
+
+if TYPE_CHECKING:  # it takes a tenth of a second to import, for those who have no limits
+    from mlx_embeddings_server.jobs.reembed_jobs import ReembedJobs
+    from mlx_embeddings_server.ratelimit import RateLimits
 
 Status = Literal["ok", "starting", "draining", "unavailable"]
 
@@ -22,6 +28,10 @@ class Runtime:
     metrics: Metrics
     service: EmbeddingService
     ranking: RankingService
+    access: Access | None = None  # None: everybody may call
+    rate_limits: "RateLimits | None" = None
+    collections: CollectionService | None = None
+    reembed_jobs: "ReembedJobs | None" = None  # where there are collections
     started_at: float = field(default_factory=time.monotonic)
     draining: bool = False  # a signal came: no new work
     in_flight: int = 0  # requests that are being answered

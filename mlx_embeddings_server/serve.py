@@ -12,6 +12,7 @@ import uvicorn
 
 from mlx_embeddings_backends import detect
 from mlx_embeddings_server.app import create_app
+from mlx_embeddings_server.http_protocol import BoundedHttpProtocol
 from mlx_embeddings_server.logs import configure_logging
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.served_model import Load
@@ -31,10 +32,11 @@ def serve(settings: Settings, *, load: Load = detect.load) -> None:
     app = create_app(settings, load=load)
     runtime: Runtime = app.state.runtime
     runtime.models.load()
-    if settings.api_key is None and not _is_loopback(settings.host):
+    if runtime.access is None and not _is_loopback(settings.host):
         log.warning("anyone who reaches %s can use this server: set --api-key to ask for a key", settings.host)
     config = uvicorn.Config(
         app,
+        http=BoundedHttpProtocol,
         log_config=None,
         access_log=False,
         server_header=False,

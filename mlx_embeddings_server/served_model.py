@@ -4,7 +4,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,15 +11,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
-from mlx_embeddings_backends import checkpoints, detect
+from mlx_embeddings_backends import detect
 from mlx_embeddings_backends.base import Backend, LoadOptions, ModelInfo
-from mlx_embeddings_backends.checkpoints import Checkpoint
 from mlx_embeddings_backends.errors import ModelError
+from mlx_embeddings_backends.progress import Progress
 from mlx_embeddings_server import memory
+from mlx_embeddings_server.cache.identity import files_of, identity_of
+from mlx_embeddings_server.downloads import Download
 from mlx_embeddings_server.engine.engine import Engine
 from mlx_embeddings_server.engine.turns import DeviceTurns
 from mlx_embeddings_server.engine.worker import State as WorkerState
 from mlx_embeddings_server.errors import Unavailable
+from mlx_embeddings_server.found import Found
+from mlx_embeddings_server.logs import TOLD_IN_FULL
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.providers.local import LocalProvider
 from mlx_embeddings_server.registry import ModelSpec
@@ -31,44 +34,9 @@ Load = Callable[[detect.Choice, Path, LoadOptions], Backend]
 Result = TypeVar("Result")
 State = WorkerState | Literal["unloaded", "loading", "unloading", "failed"]
 
-_WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth"))
 # Seconds before a load that failed is tried again, doubled with each failure in a row, and the most.
 FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A model's files on this machine, and what will load them."""
-
-    checkpoint: Checkpoint
-    choice: detect.Choice
-
-    @classmethod
-    def of(cls, spec: ModelSpec) -> Self:
-        """Downloads what is not here. Raises `ModelError`."""
-        checkpoint = checkpoints.find(
-            spec.source, revision=spec.revision, pretrained=spec.pretrained, adapters=spec.adapters
-        )
-        choice = detect.choose(
-            checkpoint.folder,
-            spec.backend,
-            base=checkpoint.base,
-            has_adapters=bool(checkpoint.adapters),
-            allow_unverified=spec.allow_unverified,
-            kind=spec.kind,
-        )
-        return cls(checkpoint, choice)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the files, which is about what the model will take. Many folders have the same weights as pickles, too."""
-        checkpoint = self.checkpoint
-        folders = {checkpoint.folder, *([checkpoint.base] if checkpoint.base else ()), *checkpoint.adapters.values()}
-        sizes: defaultdict[Path, dict[bool, int]] = defaultdict(lambda: {True: 0, False: 0})
-        for file in {file for folder in folders for file in folder.rglob("*") if file.suffix in _WEIGHTS}:
-            sizes[file.parent][file.suffix == ".safetensors"] += file.stat().st_size
-        return sum(of_folder[True] or of_folder[False] for of_folder in sizes.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +47,7 @@ class Parts:
     load: Load
     queue_tokens: int
     turns: DeviceTurns
+    keep_results: bool = False  # models are to know what their vectors may be kept under
 
 
 class ServedModel:
@@ -95,12 +64,15 @@ class ServedModel:
         make_room: Callable[["ServedModel", int], Awaitable[None]],
         found: Found | None = None,
     ) -> None:
-        self.name = name
+        self.name = self.label = name
         self.spec = spec
         self.found = found
         self.created = int(time.time())
         self.users = 0  # requests that hold the model
         self.used_at = time.monotonic()
+        self.download = Download(self._find)
+        self.files: bytes | None = None  # a hash over those of the loaded model, if its vectors are kept
+        self.identity: bytes | None = None  # what they are cached under, then
         self.reserved_bytes = 0  # of memory, while it is being loaded
         self._parts = parts
         self._make_room = make_room
@@ -253,7 +225,7 @@ class ServedModel:
             if self._provider is not None:  # its worker is dead
                 await self._drop(self._provider)
             if self.found is None:
-                self.found = await self._in_thread(partial(Found.of, self.spec))
+                self.found = await self.download.start()
             await self._make_room(self, self.memory_bytes)
             provider = await self._in_thread(partial(self._load_found, self.found))
             try:
@@ -265,10 +237,14 @@ class ServedModel:
         except ModelError as error:
             self._rest(error)
         except Exception as error:  # whatever it was, those that wait are answered, and the other models go on
-            log.exception("loading %s failed", self.name)
+            log.exception("loading %s failed", self.name, extra=TOLD_IN_FULL)
             self._rest(error)
         finally:
             self.reserved_bytes, self._changing = 0, None
+
+    async def _find(self, progress: Progress) -> Found:
+        self.found = await self._in_thread(partial(Found.of, self.spec, progress))
+        return self.found
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         """In a thread that nobody waits for at the end, as asyncio does for its own: a download may take an hour."""
@@ -303,7 +279,7 @@ class ServedModel:
         )
         engine = Engine(
             self.name,
-            partial(parts.load, found.choice, checkpoint.folder, options),
+            partial(self._load_backend, found, options),
             queue_tokens=parts.queue_tokens,
             batch_tokens=spec.max_batch_tokens,
             observe=partial(parts.metrics.observe_batch, self.name),
@@ -311,6 +287,7 @@ class ServedModel:
         )
         try:
             info = engine.load()
+            _check_dimensions(spec, info)
         except ModelError:
             engine.unload()
             self._free_memory()
@@ -324,11 +301,21 @@ class ServedModel:
         _announce(self.name, found, info)
         return LocalProvider(engine)
 
+    def _load_backend(self, found: Found, options: LoadOptions) -> Backend:
+        """Also when a worker that was lost starts again: the files may be others by then."""
+        checkpoint, choice = found.checkpoint, found.choice
+        files = files_of(checkpoint) if self._parts.keep_results else None
+        backend = self._parts.load(choice, checkpoint.folder, options)
+        self.files = files
+        if files is not None:
+            self.identity = identity_of(files, backend.info, choice.target, options.kind, options.max_image_tokens)
+        return backend
+
     async def _unload(self, provider: LocalProvider) -> None:
         try:
             await self._drop(provider)
         except Exception:  # its requests are answered, and it is gone: it can be loaded again
-            log.exception("unloading %s failed", self.name)
+            log.exception("unloading %s failed", self.name, extra=TOLD_IN_FULL)
         finally:
             self._changing = None
 
@@ -375,6 +362,12 @@ class ServedModel:
             return True
         self._provider.close()
         return self._provider.engine.join(max(0.0, deadline - time.monotonic()))
+
+
+def _check_dimensions(spec: ModelSpec, info: ModelInfo) -> None:
+    """What says that a fallback fits must be true. Raises `ModelError`."""
+    if spec.dimensions not in (None, info.dimensions):
+        raise ModelError(f"its vectors have {info.dimensions} dimensions, and `dimensions` is {spec.dimensions}")
 
 
 def _announce(name: str, found: Found, info: ModelInfo) -> None:

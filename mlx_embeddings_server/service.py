@@ -1,9 +1,11 @@
 """embed(): inputs and what the caller wants of them to vectors, in the order of the inputs."""
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -20,25 +22,32 @@ from mlx_embeddings_backends.base import (
     Truncate,
     Vector,
 )
+from mlx_embeddings_server.cache.result_cache import ResultCache
 from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.images import ImageLoader
 from mlx_embeddings_server.inputs.parse import Content, ImageSource
 from mlx_embeddings_server.inputs.token_encoding import TokenDecoder
 from mlx_embeddings_server.metrics import Metrics
+from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.options import (
     EmbedOptions,
     adapter_of,
     check_pooling,
     check_prompt_has_text,
+    check_token_ids,
+    check_truncate,
     invalid_value,
     outputs_of,
     prompt_of,
 )
 from mlx_embeddings_server.pooling import normalized, pool_patches, pool_tokens
-from mlx_embeddings_server.providers.local import Timings, Vectors
-from mlx_embeddings_server.served_model import ServedModel
+from mlx_embeddings_server.providers.base import REMOTE, Timings, Vectors
+from mlx_embeddings_server.request_record import note_inputs, note_tokens
 from mlx_embeddings_server.settings import DimensionsPolicy
+from mlx_embeddings_server.spending import spend
+from mlx_embeddings_server.tracing import stages
 
+_UNIT_TOLERANCE = 1e-3  # of a vector's length: what half precision leaves of it
 _MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
 
 
@@ -78,23 +87,30 @@ class EmbeddingService:
         dimensions_policy: DimensionsPolicy,
         token_decoder: TokenDecoder | None,
         image_loader: ImageLoader,
+        cache: ResultCache | None = None,
     ) -> None:
         self.dimensions_policy = dimensions_policy
         self._metrics = metrics
         self._token_decoder = token_decoder
         self._image_loader = image_loader
+        self.cache = cache
 
     async def embed(
-        self, model: ServedModel, contents: Sequence[Content], options: EmbedOptions, *, field: str = "input"
+        self, model: Model, contents: Sequence[Content], options: EmbedOptions, *, field: str = "input"
     ) -> Embeddings:
         """Duplicates are computed once. `field` is what the request calls the contents, for messages."""
         info = model.info
+        note_inputs(model.name, len(contents))
         wanted = outputs_of(model, options)
-        self._check_dimensions(info, options.dimensions)
+        self._check_dimensions(info, options)
+        check_truncate(model, options.truncate)
         check_pooling(wanted, options, contents, field)
         prompt, adapter = prompt_of(info, options), adapter_of(info, options)
         check_prompt_has_text(contents, prompt, options, field)
-        contents = await self._decode_token_ids(contents, field)
+        if model.spec.is_remote:  # whose ids are its provider's own
+            check_token_ids(contents, field)
+        else:
+            contents = await self._decode_token_ids(contents, field)
         loaded = await self.load_images(contents, field)
         places: dict[str | tuple[int, ...] | EncodedImage, int] = {}
         place_of = [places.setdefault(content, len(places)) for content in loaded]
@@ -107,7 +123,7 @@ class EmbeddingService:
         vectors = await self.run(model, items, options.truncate, as_api_errors(field, place_of))
         accounts = [vectors.accounts[place] for place in place_of]
         prompt_tokens = sum(account.tokens for account in accounts)
-        self._metrics.prompt_tokens.labels(model.name).inc(prompt_tokens)
+        self.account(model, len(contents), prompt_tokens)
         patches = [account.patches for account in vectors.accounts]
         tables: dict[Output, Table] = {}
         if "dense" in wanted:
@@ -133,16 +149,42 @@ class EmbeddingService:
 
     async def run(
         self,
-        model: ServedModel,
+        model: Model,
         items: Sequence[Item],
         truncate: Truncate | None,
         errors: AbstractContextManager[None],
     ) -> Vectors:
-        """The model's raw rows. `errors` turns what goes wrong into `ApiError`s."""
+        """The model's raw rows, which are not to be changed. `errors` turns what goes wrong into `ApiError`s."""
+        truncate = truncate or model.spec.truncate
         with errors:
-            vectors = await model.provider.embed(items, truncate or model.spec.truncate)
-        self._metrics.queue_seconds.labels(model.name).observe(vectors.timings.queue_seconds)
+            if self.cache is None:
+                return await self._compute(model, truncate, items)
+            return await self.cache.embed(model, items, truncate, partial(self._compute, model, truncate))
+
+    async def _compute(self, model: Model, truncate: Truncate, items: Sequence[Item]) -> Vectors:
+        if model.spec.is_remote:
+            vectors = await self._compute_elsewhere(model, truncate, items)
+        else:
+            vectors = await model.provider.embed(items, truncate)
+            times = vectors.timings
+            stages(tokenize=times.tokenize_seconds, queue=times.queue_seconds, inference=times.inference_seconds)
+        self._metrics.observe_wait(model.label, vectors.timings.queue_seconds)
         return vectors
+
+    async def _compute_elsewhere(self, model: Model, truncate: Truncate, items: Sequence[Item]) -> Vectors:
+        started, failed = time.perf_counter(), True
+        try:
+            vectors = await model.provider.embed(items, truncate)
+            failed = False
+        finally:
+            self._metrics.observe_provider(model.provider.name, time.perf_counter() - started, failed=failed)
+        return vectors
+
+    def account(self, model: Model, inputs: int, tokens: int) -> None:
+        """What a request has taken that is about to be answered: for its caller's limits, the log and the metrics."""
+        spend(tokens)
+        note_tokens(tokens)
+        self._metrics.observe_answer(model.label, inputs, tokens)
 
     async def _decode_token_ids(self, contents: Sequence[Content], field: str) -> Sequence[Content]:
         decoder = self._token_decoder
@@ -170,8 +212,12 @@ class EmbeddingService:
             for content in contents
         ]
 
-    def _check_dimensions(self, info: ModelInfo, wanted: int | None) -> None:
-        most = {"reduce": info.dimensions, "pad": _MOST_DIMENSIONS}.get(self.dimensions_policy)
+    def policy(self, options: EmbedOptions) -> DimensionsPolicy:
+        return options.dimensions_policy or self.dimensions_policy
+
+    def _check_dimensions(self, info: ModelInfo, options: EmbedOptions) -> None:
+        wanted = options.dimensions
+        most = {"reduce": info.dimensions, "pad": _MOST_DIMENSIONS}.get(self.policy(options))
         if wanted is not None and most is not None and wanted > most:
             raise invalid_value(
                 f"dimensions is {wanted}, the most is {most} (the model's vectors have {info.dimensions})", "dimensions"
@@ -179,10 +225,16 @@ class EmbeddingService:
 
     def _shape(self, info: ModelInfo, rows: NDArray[np.float32], options: EmbedOptions) -> NDArray[np.float32]:
         """Slice or pad to the asked dimensions, then normalise."""
-        wanted = options.dimensions
-        if wanted is not None and self.dimensions_policy != "ignore":
+        wanted, full = options.dimensions, rows
+        if wanted is not None and self.policy(options) != "ignore":
             rows = np.pad(rows[:, :wanted], ((0, 0), (0, max(0, wanted - rows.shape[1]))))
-        return normalized(rows) if (info.normalize if options.normalize is None else options.normalize) else rows
+        if info.normalize if options.normalize is None else options.normalize:
+            return normalized(rows)
+        if info.device == REMOTE and options.normalize is None and rows.shape[1] < full.shape[1]:
+            # Nobody says whether another server normalises: what came with length 1 has it after the cut, too.
+            is_unit = np.abs(np.linalg.norm(full, axis=1, keepdims=True) - 1) < _UNIT_TOLERANCE
+            return np.where(is_unit, normalized(rows), rows)
+        return rows
 
 
 def _of(output: Output, rows: Sequence[Row], *, is_named: bool) -> list[NDArray[np.float32]]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -17,26 +17,49 @@ from pydantic_settings import (
 
 from mlx_embeddings_server import yaml_file
 from mlx_embeddings_server.model_entry import ModelEntry, name_problems
-from mlx_embeddings_server.setting_types import Adapters, Device, Duration, Names, Size
+from mlx_embeddings_server.provider_entry import ProviderEntry, provider_problems
+from mlx_embeddings_server.setting_types import (
+    Adapters,
+    CacheUrl,
+    Device,
+    Duration,
+    JwtSecret,
+    Key,
+    KeySetPlace,
+    Lifetime,
+    Names,
+    Origins,
+    RedisUrl,
+    Size,
+)
 from mlx_embeddings_server.yaml_file import Location, Problem, YamlFile, dotted
 
 ENVIRONMENT_PREFIX = "MLX_EMBEDDINGS_"
 
 DimensionsPolicy = Literal["reduce", "pad", "ignore"]
+# Variables of another name that stand for a setting, after its own: those that the tldw server reads.
+FURTHER_VARIABLES = {
+    "EMBEDDINGS_RATE_LIMIT": "rate_limit",
+    "EMBEDDINGS_DIMENSION_POLICY": "dimensions_policy",
+    "EMBEDDINGS_REEMBED_WORKER_ENABLED": "reembed_worker",
+}
 # They have neither a flag nor a variable.
-FILE_ONLY = frozenset({"models"})
+FILE_ONLY = frozenset({"models", "providers"})
 # Keys that begin so are the file's own, for anchors to stand at.
 _IGNORED = "x-"
 _MAX_PROBLEMS = 100
 
 # Of pydantic's messages, those that name Python's types.
-_IN_MODELS = {
+_IN_ENTRIES = {
     "missing": "is missing: the hub id of the model, or the path of its folder",
     "model_type": "must hold the model's settings, `name: ID_OR_PATH` at least",
     "dict_type": "must be a mapping, one `name: value` a line",
     "string_type": "must be text: put it in quotes",
     "tuple_type": "must be a list",
 }
+_ENTRIES: dict[str, type[ModelEntry] | type[ProviderEntry]] = {"models": ModelEntry, "providers": ProviderEntry}
+# What people write who put a provider's key itself into the file.
+_SECRETS = frozenset(("api_key", "key", "token", "secret", "password"))
 
 
 class SettingsError(Exception):
@@ -63,6 +86,24 @@ class Settings(BaseSettings):
     served_model_name: Names = Field((), description="name that requests call the model by, one for each --model")
     models: Annotated[Mapping[str, ModelEntry], NoDecode] = Field(
         default_factory=dict, description="models by the name that requests call them by"
+    )
+    providers: Annotated[Mapping[str, ProviderEntry], NoDecode] = Field(
+        default_factory=dict, description="other servers' APIs that models may be at, by name"
+    )
+    default_model: str | None = Field(
+        None,
+        min_length=1,
+        description="what requests without `model` mean: a name, an alias or PROVIDER:MODEL; names that are not "
+        "served are then looked for at its provider, too. Default: only /embed can do without, and takes the first",
+    )
+    allowed_models: Names = Field(
+        (),
+        description="model that may be used: a name, an alias or PROVIDER:MODEL, in which * stands for anything; may "
+        "be repeated. What else is served is refused with 403. Default: all",
+    )
+    allowed_providers: Names = Field(
+        (),
+        description="provider whose models may be used, `local` for those that run here; may be repeated. Default: all",
     )
     config: str | None = Field(
         None,
@@ -134,12 +175,97 @@ class Settings(BaseSettings):
         "reduce",
         description="a request's `dimensions`: reduce slices, pad also fills up with zeros, ignore returns all",
     )
-    api_key: SecretStr | None = Field(
-        None, description="key that requests must send as `Authorization: Bearer` or `X-API-Key`; prefer the variable, "
-        "other users of the machine can read flags"
-    )  # fmt: skip
+    api_key: Key | None = Field(
+        None,
+        description="key that requests must send as `Authorization: Bearer` or `X-API-Key`; prefer the variable "
+        "or the file, other users of the machine can read flags",
+    )
+    api_key_file: str | None = Field(None, description="file that holds that key")
+    jwt_secret: JwtSecret | None = Field(
+        None,
+        description="for several users: requests must send a JSON Web Token as `Authorization: Bearer`, signed "
+        "by HS256 with this secret of 32 bytes or more; prefer the variable or the file",
+    )
+    jwt_secret_file: str | None = Field(None, description="file that holds that secret")
+    jwt_jwks: KeySetPlace | None = Field(
+        None, description="file or https URL of the JSON Web Key Set whose RS256 or ES256 keys sign the tokens"
+    )
+    jwt_audience: str | None = Field(
+        None, min_length=1, description="what `aud` of a token must name. Default: it is not looked at"
+    )
+    jwt_issuer: str | None = Field(
+        None, min_length=1, description="what `iss` of a token must be. Default: it is not looked at"
+    )
+    jwt_admin_claim: str = Field(
+        "admin",
+        min_length=1,
+        description="claim of a token that makes its user an admin: NAME, which must be true, or NAME=VALUE, such as "
+        "role=admin, where the claim is that text, or a list or words with it among them",
+    )
+    open_metrics: bool = Field(
+        False, description="/metrics without a key, where others need one; else it is an admin's"
+    )
+    cors_origin: Origins = Field(
+        (),
+        description="origin whose pages may call this server from a browser, such as https://app.example.com, or * "
+        "for all; may be repeated",
+    )
+    rate_limit: bool = Field(
+        False,
+        description="limit each caller's requests and tokens a minute: to 600 and 1000000, unless the next two "
+        "settings say otherwise, each of which by itself turns on that limit alone",
+    )
+    rate_limit_requests: int | None = Field(None, ge=0, description="requests a minute of one caller; 0 is no limit")
+    rate_limit_tokens: int | None = Field(None, ge=0, description="tokens a minute of one caller; 0 is no limit")
+    rate_limit_storage: RedisUrl | None = Field(
+        None, description="redis://HOST:PORT where several servers count together. Default: each counts by itself"
+    )
+    cache: bool = Field(False, description="keep vectors, and answer inputs that were computed before from there")
+    cache_entries: int = Field(5000, ge=1, description="inputs whose vectors are kept in memory")
+    cache_bytes: Size = Field(
+        ByteSize(512_000_000), description="memory that they may take, such as 512MB: the least recently used go first"
+    )
+    cache_ttl: Lifetime = Field(
+        3600.0, description="time that they are kept: seconds, or such as 30m or 24h, or never, which is without an end"
+    )
+    cache_url: CacheUrl | None = Field(
+        None,
+        description="second layer, behind the memory, that servers share or that outlives them: redis://HOST:PORT/DB, "
+        "or file:///PATH of a folder. Default: none",
+    )
+    cache_disk_bytes: Size = Field(ByteSize(10_000_000_000), description="size of that folder")
+    collections: str | None = Field(
+        None,
+        min_length=1,
+        description="store of documents with their vectors: chroma or qdrant, inside the server (an extra of that "
+        "name), or the URL of one, http://HOST:8000 (Chroma) or qdrant+http://HOST:6333. Default: there are none",
+    )
+    collections_path: str | None = Field(
+        None,
+        min_length=1,
+        description="folder for what of it is kept on this machine: of a store by URL which collection is which, of "
+        "others all. Default: mlx-embeddings-server/collections where the user's programs keep their data",
+    )
+    collections_api_key: Key | None = Field(
+        None, description="key of a store by URL; prefer the variable, other users of the machine can read flags"
+    )
+    collections_timeout: float = Field(30.0, gt=0, le=3600, description="seconds for each reply of a store by URL")
+    reembed_worker: bool = Field(
+        False, description="do the jobs that embed collections anew here; else `mlx-embeddings-server worker` does them"
+    )
+    reembed_retries: int = Field(
+        10, ge=0, le=100, description="times in a row that a job is tried again when its model or the store is away"
+    )
+    jobs_url: RedisUrl | None = Field(
+        None, description="redis://HOST:PORT/DB for the queue of these jobs. Default: a file beside the collections"
+    )
     log_format: Literal["text", "json"] = Field("text", description="of the log, on stderr")
     access_log: bool = Field(False, description="log every request")
+    otel: bool = Field(
+        False,
+        description="send traces by OpenTelemetry (the extra otel), to http://localhost:4318 or where "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says; the standard's other variables hold, too",
+    )
     drain_timeout: float = Field(30.0, ge=0, description="seconds that requests in flight have to finish after SIGTERM")
 
     @field_validator("*", mode="before")
@@ -168,6 +294,7 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
     config = flags.get("config") or os.environ.get(f"{ENVIRONMENT_PREFIX}CONFIG")
     file = yaml_file.read(config) if config else YamlFile("")
     values = {name: value for name, value in file.values.items() if not name.startswith(_IGNORED)}
+    further = {name: os.environ[variable] for variable, name in FURTHER_VARIABLES.items() if os.environ.get(variable)}
 
     class FromFile(Settings):
         @classmethod
@@ -178,7 +305,7 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
             **more: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             first = super().settings_customise_sources(settings_cls, *sources, **more)
-            return *first, InitSettingsSource(settings_cls, init_kwargs=values)
+            return *first, *(InitSettingsSource(settings_cls, init_kwargs=each) for each in (further, values))
 
     problems = _unread(file, values)
     if not values.get("models", True):
@@ -187,10 +314,18 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
         settings = FromFile(**flags)
     except ValidationError as error:
         given = flags.keys() | {name for name in values if os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}")}
+        given |= further.keys()
         # One more than is told, which says that there are more: looking for what was meant takes a millisecond each.
         shown = error.errors(include_url=False)[: _MAX_PROBLEMS + 1]
         problems += [_explain(each, file, in_file=values.keys() - given) for each in shown]
-    problems += [_at(file, location, message) for location, message in name_problems(values.get("models"))]
+    has_others = any((flags.get("model"), values.get("model"), os.environ.get(f"{ENVIRONMENT_PREFIX}MODEL")))
+    problems += [
+        _at(file, location, message)
+        for location, message in (
+            *name_problems(values.get("models")),
+            *provider_problems(values.get("models"), values.get("providers"), has_others=has_others),
+        )
+    ]
     if problems:
         raise SettingsError(_told(file.path, problems))
     return settings
@@ -198,9 +333,10 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
 
 def _unread(file: YamlFile, values: Mapping[str, Any]) -> list[Problem]:
     """What is wrong before any setting is looked at. Raises `SettingsError`, where the file is not looked at at all."""
-    variable = f"{ENVIRONMENT_PREFIX}MODELS"
-    if os.environ.get(variable):
-        raise SettingsError(f"{variable}: only the file of --config has `models`; ids are in {ENVIRONMENT_PREFIX}MODEL")
+    for name in sorted(FILE_ONLY):
+        if os.environ.get(variable := f"{ENVIRONMENT_PREFIX}{name.upper()}"):
+            instead = f"; ids are in {ENVIRONMENT_PREFIX}MODEL" if name == "models" else ""
+            raise SettingsError(f"{variable}: only the file of --config has `{name}`{instead}")
     problems = [
         each if each.line is not None else Problem(None, f"{_names('config')}: {each.message}")
         for each in file.problems
@@ -225,13 +361,17 @@ def _at(file: YamlFile, location: Location, message: str) -> Problem:
 def _worded(error: ErrorDetails) -> str:
     """pydantic's message where it says what to do."""
     location, kind = error["loc"], error["type"]
-    of_model = location[:1] == ("models",)
+    entry = _ENTRIES.get(str(location[0])) if location else None
     if kind == "extra_forbidden":
-        known = ModelEntry.model_fields if of_model else Settings.model_fields
+        if entry is ProviderEntry and str(location[-1]).replace("-", "_") in _SECRETS:
+            return "a key does not belong in this file: name the variable that has it in `api_key_env`, or a file"
+        known = Settings.model_fields if entry is None else entry.model_fields
         near = difflib.get_close_matches(str(location[-1]).replace("-", "_"), known, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         return f"there is no such setting{meant}; known: {', '.join(known)}"
-    if of_model and (told := _IN_MODELS.get(kind)):
+    if entry is ProviderEntry and kind == "model_type":
+        return "must hold the provider's settings, such as `url: URL`; or {} where it needs none"
+    if entry is not None and (told := _IN_ENTRIES.get(kind)):
         return told
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
 

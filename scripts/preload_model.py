@@ -57,9 +57,9 @@ def _preload(settings: Settings) -> bool:
     """Download; offline, check and list. Returns whether it is offline. Raises `ModelError` or `SettingsError`."""
     from huggingface_hub import constants, is_offline_mode
 
+    from mlx_embeddings_server.found import Found
     from mlx_embeddings_server.metrics import Metrics
     from mlx_embeddings_server.models import Models
-    from mlx_embeddings_server.served_model import Found
 
     configure_logging(settings.log_format)
     with nullcontext() if sys.stderr.isatty() else progress(Path(constants.HF_HUB_CACHE)):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,6 +51,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.cut: dict[str, int] = {}  # the next GET of this file breaks off after so many bytes
         self.failing: set[str] = set()  # files that cannot be had now
+        self.held: dict[str, threading.Event] = {}  # files that come when the event is set
+        self.tells_sizes = True
 
 
 class HubRequest(BaseHTTPRequestHandler):
@@ -57,6 +60,7 @@ class HubRequest(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         route = ROUTE.fullmatch(unquote(urlsplit(self.path).path))
+        query = "blobs=" in urlsplit(self.path).query
         if route is None:  # huggingface_hub also asks for things that are not about models
             return self.send(404)
         name, kind, revision, file = (part for part in route.groups() if part is not None)
@@ -70,8 +74,11 @@ class HubRequest(BaseHTTPRequestHandler):
         elif revision not in (COMMIT, "main", "v1"):
             self.send(404, X_Error_Code="RevisionNotFound")
         elif kind == "revision":
-            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in self.server.files[name]]}
-            self.send(200, json.dumps(info).encode())
+            files = self.server.files[name]
+            # The Hub tells sizes to who asks for them.
+            sized = query and self.server.tells_sizes
+            told = [{"rfilename": file} | ({"size": len(files[file])} if sized else {}) for file in files]
+            self.send(200, json.dumps({"id": name, "sha": COMMIT, "siblings": told}).encode())
         elif name in SHUT and self.headers.get("Authorization") != "Bearer hf_letmein":
             self.send(403, X_Error_Code=SHUT[name])
         elif kind == "tree":
@@ -81,6 +88,8 @@ class HubRequest(BaseHTTPRequestHandler):
             self.send(500)
         else:
             cut = self.server.cut.pop(file, None) if self.command == "GET" else None
+            if self.command == "GET" and file in self.server.held:
+                self.server.held[file].wait(30)
             self.send_file(self.server.files[name][file], cut)
 
     do_HEAD = do_GET

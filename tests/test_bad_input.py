@@ -113,7 +113,7 @@ def test_an_input_that_is_none(server: Server, value: Any, code: str, message: s
 
 
 FIELDS: list[tuple[dict[str, Any], str, str | None, str]] = [  # fields, param, code, in the message
-    ({"model": None}, "model", "invalid_value", "string"),
+    ({"model": None}, "model", "missing_required_parameter", "model is missing"),
     ({"model": 5}, "model", "invalid_value", "string"),
     ({"model": [MINILM]}, "model", "invalid_value", "string"),
     ({"encoding_format": "hex"}, "encoding_format", "invalid_value", "'float' or 'base64'"),
@@ -202,7 +202,7 @@ BODIES: list[tuple[bytes, str | None, str, str]] = [  # body, param, code, in th
     (b"[]", None, "invalid_json", "must be a JSON object"),
     (b'"a"', None, "invalid_json", "must be a JSON object"),
     (b"null", None, "invalid_json", "must be a JSON object"),
-    (b"{}", "model", "missing_required_parameter", "model is missing"),
+    (b"{}", "input", "missing_required_parameter", "input is missing"),
     (b'{"input": "a"}', "model", "missing_required_parameter", "model is missing"),
     (body('"user": "a"'), "input", "missing_required_parameter", "input is missing"),
     (body(f'"input": {"[" * 100_000}'), None, "invalid_json", "recursion limit"),

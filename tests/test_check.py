@@ -53,7 +53,8 @@ def test_what_is_commented_out_of_the_example_is_right_too(tmp_path: Path) -> No
     done = check(tmp_path, "\n".join(models))
     # The only one that is not on the hub is a folder that is not here.
     assert done.stderr.splitlines()[1:] == [] and "models.ours-next.name" in done.stderr
-    assert len(done.stdout.splitlines()) == 8 and done.stdout.count("not downloaded yet") == 6
+    assert len(done.stdout.splitlines()) == 10 and done.stdout.count("not downloaded yet") == 6
+    assert "openai: provider at https://api.openai.com/v1, without its key here" in done.stdout
 
 
 def _is_yaml(line: str) -> bool:

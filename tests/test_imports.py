@@ -25,6 +25,8 @@ FRAMEWORK = ["fastapi", "starlette", "uvicorn", "pydantic", "mlx_embeddings_serv
     [
         # The server, whole, without any tensor library. asgi makes an app as it is imported, and that wants a model.
         ("mlx_embeddings_server", ["torch", "mlx", "transformers", "sentence_transformers"], {"asgi"}),
+        # Without what only models elsewhere need, which would make every start longer.
+        ("mlx_embeddings_server", ["stamina", "circuitbreaker"], {"asgi"}),
         # The models without the web framework, and each backend without the other's library.
         ("mlx_embeddings_backends", [*FRAMEWORK, "mlx", "mlx_embeddings", "mlx_vlm"], {"mlx"}),
         ("mlx_embeddings_backends", [*FRAMEWORK, "torch", "transformers", "sentence_transformers"], {"torch"}),

@@ -317,7 +317,7 @@ def test_after_the_workers_death_the_innocent_are_answered(
         reply = server.client.get("/health")
         assert reply.status_code == 503
         model = reply.json()["models"][0]
-        assert model["state"] == "restarting" and "now" in model["reason"] and model["restarts"] == 1
+        assert model["state"] == "restarting" and model["reason"].isidentifier() and model["restarts"] == 1
         assert server.client.get("/livez").status_code == 200
         assert error(server.embed("meanwhile", "toy")) == (503, "backend_lost")
 

@@ -11,8 +11,8 @@ import numpy as np
 import psutil
 import pytest
 
+from mlx_embeddings_server.found import Found
 from mlx_embeddings_server.registry import ModelSpec
-from mlx_embeddings_server.served_model import Found
 from tests.conftest import DATA
 from tests.scripted import vector
 from tests.scripted_models import loads, models_server

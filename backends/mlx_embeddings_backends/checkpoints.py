@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_embeddings_backends import detect, hub
 from mlx_embeddings_backends.errors import ModelError, ModelNotFound
 from mlx_embeddings_backends.hub import Snapshot
+from mlx_embeddings_backends.progress import Progress
 
 _HUB_PREFIX = "hf-hub:"  # open_clip's, before ids of the hub
 
@@ -24,15 +25,23 @@ class Checkpoint:
 
 
 def find(
-    model: str, *, revision: str | None = None, pretrained: str | None = None, adapters: Sequence[str] = ()
+    model: str,
+    *,
+    revision: str | None = None,
+    pretrained: str | None = None,
+    adapters: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> Checkpoint:
     """Find or download `model` and what it stands on. Raises `ModelError`.
 
     `pretrained` is open_clip's tag of the weights, `model` then its name of the architecture. `adapters` are
-    `NAME=ID_OR_PATH`; where `model` itself is an AdapterHub adapter it comes before them.
+    `NAME=ID_OR_PATH`; where `model` itself is an AdapterHub adapter it comes before them. What is fetched is added to
+    `progress`.
     """
-    snapshot = _snapshot(model, revision, pretrained)
-    named = {name: hub.resolve(place).path for name, _, place in (each.partition("=") for each in adapters)}
+    snapshot = _snapshot(model, revision, pretrained, progress)
+    named = {
+        name: hub.resolve(place, None, progress).path for name, _, place in (each.partition("=") for each in adapters)
+    }
     for name, folder in named.items():
         adapter = detect.read_adapter(folder)
         if adapter is None or adapter.kind != "adapterhub":
@@ -40,7 +49,7 @@ def find(
     adapter = detect.read_adapter(snapshot.path)
     if adapter is None:
         return Checkpoint(snapshot, snapshot.path, adapters=named)
-    base = _base(snapshot, adapter)
+    base = _base(snapshot, adapter, progress)
     if adapter.kind == "peft":
         if named:
             raise ModelError("--adapter is for AdapterHub adapters, and --model names a LoRA adapter")
@@ -50,13 +59,13 @@ def find(
     return Checkpoint(snapshot, base, adapters={adapter.name: snapshot.path, **named})
 
 
-def _snapshot(model: str, revision: str | None, pretrained: str | None) -> Snapshot:
+def _snapshot(model: str, revision: str | None, pretrained: str | None, progress: Progress | None) -> Snapshot:
     if pretrained is not None:
         # Only now: open_clip imports torch, which takes seconds.
         tags = importlib.import_module("mlx_embeddings_backends.torch.open_clip_tags")
-        return hub.resolve(tags.pretrained_repository(model, pretrained), revision)
+        return hub.resolve(tags.pretrained_repository(model, pretrained), revision, progress)
     try:
-        return hub.resolve(model.removeprefix(_HUB_PREFIX), revision)
+        return hub.resolve(model.removeprefix(_HUB_PREFIX), revision, progress)
     except ModelNotFound as error:
         if _is_open_clip_architecture(model):
             raise ModelNotFound(
@@ -73,8 +82,8 @@ def _is_open_clip_architecture(model: str) -> bool:
     return model.replace("/", "-") in names
 
 
-def _base(snapshot: Snapshot, adapter: detect.Adapter) -> Path:
+def _base(snapshot: Snapshot, adapter: detect.Adapter, progress: Progress | None) -> Path:
     """The folder of the model that the adapter in `snapshot` changes."""
     if snapshot.source != "local" and Path(adapter.base).expanduser().is_dir():
         raise ModelError(f"the adapter {snapshot.name} names a folder of this machine as its base model, not a hub id")
-    return hub.resolve(adapter.base, adapter.revision).path
+    return hub.resolve(adapter.base, adapter.revision, progress).path

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from mlx_embeddings_backends.errors import ModelNotFound
+from mlx_embeddings_backends.progress import Progress, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,10 @@ class HubUnreachable(ModelNotFound):
     """The Hub gave no answer, so whether the model exists is not known."""
 
 
-def resolve(model: str, revision: str | None = None) -> Snapshot:
+def resolve(model: str, revision: str | None = None, progress: Progress | None = None) -> Snapshot:
     """Find `model` (a path or a hub id) on this machine, else download it. Raises ModelNotFound.
 
+    What is downloaded is added to `progress`.
     A complete snapshot in the cache is taken as it is, without asking the Hub whether there is a newer one.
     """
     if (local := _local(model, revision)) is not None:
@@ -90,7 +91,7 @@ def resolve(model: str, revision: str | None = None) -> Snapshot:
     if cached is not None and _complete(cached, name):
         return Snapshot(cached, name, cached.name, "cache")
     try:
-        return _download(name, revision or "main")
+        return _download(name, revision or "main", progress)
     except HubUnreachable as error:
         # Other programs fetch only what they read themselves: that may do, where more cannot be had.
         if cached is None or not _loadable(cached):
@@ -275,7 +276,7 @@ def _inside(name: str) -> bool:
     return not (name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"))
 
 
-def _download(name: str, revision: str) -> Snapshot:
+def _download(name: str, revision: str, progress: Progress | None) -> Snapshot:
     """Fetch what is missing of the commit that `revision` is now. A second call goes on where the first broke off."""
     import httpx2  # what huggingface_hub speaks HTTP with, and whose errors it lets through
     from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
@@ -288,14 +289,18 @@ def _download(name: str, revision: str) -> Snapshot:
         )
     try:
         # huggingface_hub itself would wait for ever here.
-        info = HfApi().model_info(name, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        commit, files = info.sha, [file.rfilename for file in info.siblings or ()]
-        if commit is None or not files:
+        info = HfApi().model_info(
+            name, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, files_metadata=progress is not None
+        )
+        commit, sizes = info.sha, {file.rfilename: file.size for file in info.siblings or ()}
+        if commit is None or not sizes:
             raise ValueError("no commit or no files")
-        wanted = _wanted(name, files)
-        logger.info("downloading %s (commit %s): %d of %d files", name, commit, len(wanted), len(files))
+        wanted = _wanted(name, list(sizes))
+        if progress is not None:
+            progress.expect([sizes[file] for file in _absent(name, commit, wanted)])
+        logger.info("downloading %s (commit %s): %d of %d files", name, commit, len(wanted), len(sizes))
         path = snapshot_download(
-            name, revision=commit, allow_patterns=[escape(file) for file in wanted], tqdm_class=_progress_bar()
+            name, revision=commit, allow_patterns=[escape(file) for file in wanted], tqdm_class=progress_bar(progress)
         )
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         # ValueError, TypeError and KeyError are what an answer that is not the Hub's becomes, RuntimeError hf_xet's.
@@ -337,15 +342,11 @@ def _remember(folder: Path, revision: str) -> None:
         partial.replace(ref)
 
 
-def _progress_bar() -> type[Any]:
-    """huggingface_hub's bar, silent where nobody watches. Its own switch would change it for the whole process."""
-    from huggingface_hub.utils.tqdm import tqdm
+def _absent(name: str, commit: str, files: list[str]) -> list[str]:
+    """Those that are not in the cache."""
+    from huggingface_hub import try_to_load_from_cache
 
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
-
-    return tqdm if sys.stderr and sys.stderr.isatty() else Silent
+    return [file for file in files if not isinstance(try_to_load_from_cache(name, file, revision=commit), str)]
 
 
 def _explain(error: BaseException, name: str, revision: str) -> ModelNotFound:

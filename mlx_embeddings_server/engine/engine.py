@@ -10,9 +10,12 @@ from mlx_embeddings_backends.base import Backend, ModelInfo, Prepared, Row
 from mlx_embeddings_server.engine.queue import Queue, QueueFull, Ticket
 from mlx_embeddings_server.engine.turns import DeviceTurns
 from mlx_embeddings_server.engine.worker import BatchStats, State, Worker, WorkerLost
+from mlx_embeddings_server.request_record import current_id
 
 # Seconds between two looks whether there is room again for the rest of a request.
 _ROOM_PAUSE = 0.01
+# A request of so many batches or more is admitted in parts.
+_PARTS_FROM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,18 @@ class Request:
         ):  # after admitting: a worker that dies later fails what waits itself
             raise WorkerLost("the model's worker is dead")
 
+    def promise(self, tokens: int) -> None:
+        """Keep room for all of a large request, which then is admitted in parts. Raises `QueueFull`."""
+        self._engine.queue.promise(self._ticket, tokens)
+
+    async def until_in_turn(self) -> None:
+        """While enough of its items wait: more would only be in the way of other requests."""
+        while self._ticket.waiting >= self._engine.queue.step and not self.has_failed:
+            await asyncio.sleep(_ROOM_PAUSE)
+
     async def admit_when_there_is_room(self, prepared: Sequence[Prepared], places: Sequence[int]) -> None:
         """The same, but a full queue refuses only the request's first items: what has begun is carried through."""
+        await self.until_in_turn()
         while True:
             try:
                 return self.admit(prepared, places)
@@ -122,7 +135,8 @@ class Engine:
     @contextmanager
     def request(self, items: int) -> Iterator[Request]:
         """A request of so many items. Leaving takes what still waits of it out of the queue."""
-        ticket = Ticket(asyncio.get_running_loop().create_future(), rows=[None] * items, left=items)
+        future = asyncio.get_running_loop().create_future()
+        ticket = Ticket(future, rows=[None] * items, left=items, request_id=current_id())
         try:
             yield Request(self, ticket)
         finally:
@@ -134,7 +148,14 @@ class Engine:
     async def run(self, prepared: Sequence[Prepared]) -> Outcome:
         """A request whose items are all prepared. Raises `QueueFull`, or what failed the first of them."""
         with self.request(len(prepared)) as request:
-            request.admit(prepared, range(len(prepared)))
+            parts = _parts(prepared, self.queue.batch_tokens)
+            if len(parts) > 1:
+                request.promise(sum(each.tokens for each in prepared))
+            for places in parts:
+                await request.until_in_turn()
+                if request.has_failed:
+                    break
+                request.admit([prepared[place] for place in places], places)
             return await request.result()
 
     def unload(self) -> None:
@@ -149,3 +170,18 @@ class Engine:
     def join(self, timeout: float) -> bool:
         """Wait for the worker's end after `stop`. False: it still runs a batch."""
         return self._worker.join(timeout)
+
+
+def _parts(prepared: Sequence[Prepared], batch_tokens: int) -> list[Sequence[int]]:
+    """Places of items that are admitted together: all, or of a large request those of about a batch, like in length."""
+    if len(prepared) == 1 or sum(each.tokens for each in prepared) <= _PARTS_FROM * batch_tokens:
+        return [range(len(prepared))]
+    parts: list[Sequence[int]] = []
+    part: list[int] = []
+    # The longest first: what does not fit into memory shows at once.
+    for place in sorted(range(len(prepared)), key=lambda place: (str(prepared[place].group), -prepared[place].tokens)):
+        if part and (len(part) + 1) * prepared[part[0]].tokens > batch_tokens:
+            parts.append(part)
+            part = []
+        part.append(place)
+    return [*parts, part]

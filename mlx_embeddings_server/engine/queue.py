@@ -11,6 +11,8 @@ from mlx_embeddings_server.engine.batcher import pick
 
 # Only the oldest items are looked at when a batch is formed: it bounds the time that the lock is held.
 WINDOW = 4096
+# Of work that waits of one request, seconds: more is in the way of others, less leaves a fast device idle.
+_STEP_SECONDS = 0.05
 
 
 class QueueFull(Exception):
@@ -29,7 +31,11 @@ class Ticket:
     rows: list[Row | None]
     left: int
     error: BaseException | None = None
+    request_id: str | None = None  # for the log
     admitted: bool = False  # some of its items wait, run or are done
+    waiting: int = 0  # tokens of its items in the queue
+    promised: int = 0  # tokens of those that are to come, for which there is room
+    to_come: int = 0  # their number
     queue_seconds: float = 0.0  # until its last item was taken
     inference_seconds: float = 0.0  # of the longest batch that carried one of its items
 
@@ -86,6 +92,8 @@ class Queue:
         self.pace = Pace()
         self.waiting: list[Job] = []
         self.tokens = 0
+        self.promised = 0  # tokens of large requests that are not admitted yet
+        self.to_come = 0  # their items
         self.requests = 0  # admitted so far
         self.lock = threading.Lock()
         self.arrived = threading.Condition(self.lock)
@@ -94,7 +102,33 @@ class Queue:
     def check_room(self) -> None:
         """Refuse a request before any work is done for it. Raises `QueueFull`."""
         if self.tokens >= self.bound:
-            raise self._full(0)
+            raise self._full(self.tokens, 0)
+
+    @property
+    def backlog_items(self) -> int:
+        """That wait, here or to be admitted."""
+        return len(self.waiting) + self.to_come
+
+    @property
+    def backlog_tokens(self) -> int:
+        return self.tokens + self.promised
+
+    @property
+    def step(self) -> int:
+        """Tokens of one request that are to wait at most: as many as keep the worker busy until it looks for more."""
+        return max(1, self.batch_tokens // 2, int(self.pace.tokens_per_second * _STEP_SECONDS))
+
+    def promise(self, ticket: Ticket, tokens: int) -> None:
+        """Keep room for a large request, which is admitted in parts. Raises `QueueFull`.
+
+        Such requests are bounded together. Smaller ones are admitted beside them, since these hardly wait for them.
+        """
+        with self.lock:
+            self._check(self.tokens + self.promised, tokens)
+            self.promised += tokens
+            ticket.promised = tokens
+            self.to_come += ticket.left
+            ticket.to_come = ticket.left
 
     def admit(self, prepared: Sequence[Prepared], ticket: Ticket, places: Sequence[int]) -> None:
         """Items that the request has at `places`: all of them or none. Raises `QueueFull`.
@@ -104,20 +138,31 @@ class Queue:
         tokens = sum(each.tokens for each in prepared)
         now = time.perf_counter()
         with self.lock:
-            if self.tokens and self.tokens + tokens > self.bound:
-                raise self._full(tokens)
+            if ticket.promised:
+                self.promised -= tokens
+                ticket.promised -= tokens
+                self.to_come -= len(prepared)
+                ticket.to_come -= len(prepared)
+            else:
+                self._check(self.tokens, tokens)
             self.waiting.extend(Job(each, ticket, place, now) for place, each in zip(places, prepared, strict=True))
             self.tokens += tokens
+            ticket.waiting += tokens
             self.requests += not ticket.admitted
             ticket.admitted = True
             self.arrived.notify()
             if self.has_full_batch():
                 self.filled.notify()
 
-    def _full(self, wanted: int) -> QueueFull:
+    def _check(self, taken: int, wanted: int) -> None:
+        """Raises `QueueFull`."""
+        if taken and taken + wanted > self.bound:
+            raise self._full(taken, wanted)
+
+    def _full(self, taken: int, wanted: int) -> QueueFull:
         # A quarter of the bound at least, so that those who come back find room and not each other.
-        room_wanted = max(self.tokens + wanted - self.bound, self.bound // 4)
-        return QueueFull(self.tokens, self.bound, self.pace.seconds_for(room_wanted))
+        room_wanted = max(taken + wanted - self.bound, self.bound // 4)
+        return QueueFull(taken, self.bound, self.pace.seconds_for(room_wanted))
 
     def take(self) -> list[Job]:
         """The next batch. `lock` must be held, and something must wait."""
@@ -131,6 +176,7 @@ class Queue:
         self.tokens -= sum(job.prepared.tokens for job in jobs)
         now = time.perf_counter()
         for job in jobs:
+            job.ticket.waiting -= job.prepared.tokens
             job.ticket.queue_seconds = max(job.ticket.queue_seconds, now - job.admitted_at)
         return jobs
 
@@ -139,12 +185,16 @@ class Queue:
         with self.lock:
             for job in jobs:
                 job.suspect = True
+                job.ticket.waiting += job.prepared.tokens
             self.waiting[:0] = jobs
             self.tokens += sum(job.prepared.tokens for job in jobs)
 
     def discard(self, ticket: Ticket) -> None:
         """Forget what still waits of a request whose client has gone."""
         with self.lock:
+            self.promised -= ticket.promised
+            self.to_come -= ticket.to_come
+            ticket.promised = ticket.to_come = ticket.waiting = 0
             kept = [job for job in self.waiting if job.ticket is not ticket]
             if len(kept) < len(self.waiting):
                 self.tokens = sum(job.prepared.tokens for job in kept)

@@ -14,6 +14,7 @@ from mlx_embeddings_backends.errors import DeviceLost, ModelError
 from mlx_embeddings_server.engine.handover import Handover
 from mlx_embeddings_server.engine.queue import Job, Queue, Ticket
 from mlx_embeddings_server.engine.turns import DeviceTurns, Turns
+from mlx_embeddings_server.logs import TOLD_IN_FULL, without_words
 
 log = logging.getLogger(__name__)
 
@@ -160,8 +161,14 @@ class Worker:
         self._answer(lost, WorkerLost("the worker died twice under this input"))
         self._queue.put_back([job for job in unfinished if not job.suspect])
         self._failed_in_a_row += 1
-        self.reason = f"{type(error).__name__}: {error}"
-        log.error("the worker died, attempt %d to restart it", self._failed_in_a_row, exc_info=error)
+        # Everybody may read it: what killed the worker may quote its input. Of a load there is none.
+        self.reason = type(error).__name__ if ran else f"{type(error).__name__}: {error}"
+        log.error(
+            "the worker died, attempt %d to restart it",
+            self._failed_in_a_row,
+            exc_info=without_words(error) if ran else error,
+            extra={"request_ids": _request_ids(unfinished)} if ran else TOLD_IN_FULL,
+        )
         if self._failed_in_a_row > len(RESTART_PAUSES):
             self.state = "dead"
             self._fail_everything(WorkerLost("the model's worker is dead"))
@@ -239,7 +246,12 @@ class Worker:
             if len(jobs) > 1:
                 half = len(jobs) // 2
                 return self._run(backend, jobs[:half], None) | self._run(backend, jobs[half:], None)
-            log.exception("the model failed on one input of %d tokens", jobs[0].prepared.tokens)
+            log.error(
+                "the model failed on one input of %d tokens",
+                jobs[0].prepared.tokens,
+                exc_info=without_words(error),
+                extra={"request_id": jobs[0].ticket.request_id},
+            )
             failure = InferenceFailed(str(error))
             failure.__cause__ = error
             return _fail(jobs[0].ticket, failure)
@@ -323,6 +335,10 @@ def _is_finite(row: Row) -> bool:
         case SparseVector():
             return bool(np.isfinite(row.values).all())
     return bool(np.isfinite(row).all())
+
+
+def _request_ids(jobs: Sequence[Job]) -> list[str]:
+    return sorted({job.ticket.request_id for job in jobs if job.ticket.request_id is not None})
 
 
 def _fail(ticket: Ticket, error: BaseException) -> set[Ticket]:

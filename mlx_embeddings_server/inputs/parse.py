@@ -57,6 +57,11 @@ def parse_input(
     return [_parse_one(each, f"{field}[{index}]", model) for index, each in enumerate(value)]
 
 
+def has_token_ids(value: Any) -> bool:
+    """Whether a request's input is or has lists of them."""
+    return isinstance(value, list) and any(isinstance(each, int | list) for each in value)
+
+
 def _parse_one(value: Any, where: str, model: _Model) -> Content:
     if isinstance(value, str):
         if "image" in model.modalities and _IMAGE.match(value):

@@ -5,11 +5,13 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextvars import copy_context
 
-from mlx_embeddings_backends.base import EncodedImage, Item, Pair, PatchGrid, Prepared, Row, Truncate
+from mlx_embeddings_backends.base import EncodedImage, Item, Pair, Prepared, Truncate
 from mlx_embeddings_backends.errors import InputError
 from mlx_embeddings_server.engine.engine import Engine, Outcome
+from mlx_embeddings_server.providers import LOCAL
+from mlx_embeddings_server.providers.base import Account, Timings, Vectors
 
 # Up to so many characters or token ids, tokenising takes less than handing it to another thread and back.
 INLINE_LENGTH = 2000
@@ -17,37 +19,10 @@ INLINE_LENGTH = 2000
 IMAGE_THREADS = min(8, os.cpu_count() or 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
-    """What is known of an item beside its vectors."""
-
-    tokens: int
-    truncated: bool
-    patches: PatchGrid | None
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Of one request."""
-
-    tokenize_seconds: float  # preprocessing of images included
-    queue_seconds: float
-    inference_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """Raw vectors of the items, in their order, and what they took."""
-
-    rows: list[Row]  # of each item
-    accounts: list[Account]
-    timings: Timings
-
-
 class LocalProvider:
     """One engine as a source of vectors."""
 
-    name = "local"
+    name = LOCAL
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -72,7 +47,7 @@ class LocalProvider:
         if sum(map(_length, items)) <= INLINE_LENGTH:
             return backend.prepare(items, truncate)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, backend.prepare, items, truncate)
+        return await loop.run_in_executor(self._tokenizing, copy_context().run, backend.prepare, items, truncate)
 
     async def _embed_in_parts(self, items: Sequence[Item], truncate: Truncate, started: float) -> Vectors:
         """Each image by itself, the texts together: the first images run while the last are decoded."""
@@ -109,7 +84,8 @@ class LocalProvider:
 
     async def _prepare_image(self, items: Sequence[Item], truncate: Truncate) -> list[Prepared]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._imaging, self.engine.backend.prepare, items, truncate)
+        prepare = self.engine.backend.prepare
+        return await loop.run_in_executor(self._imaging, copy_context().run, prepare, items, truncate)
 
     def unload(self) -> None:
         """Close, and wait until the model is gone from memory."""

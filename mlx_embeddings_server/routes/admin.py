@@ -4,15 +4,15 @@ from fastapi import APIRouter, Request, Response
 
 from mlx_embeddings_server.routes.openai import describe
 from mlx_embeddings_server.routes.replies import json_reply
-from mlx_embeddings_server.routes.requests import KeyedRoute, disconnects_of, runtime_of
+from mlx_embeddings_server.routes.requests import AdminRoute, disconnects_of, runtime_of
 
-router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=KeyedRoute)
+router = APIRouter(prefix="/v1/models", tags=["Models"], route_class=AdminRoute)
 
 
 @router.post("/{name:path}/load")
 async def load(request: Request, name: str) -> Response:
     """Load the model, whenever it failed last; answers when it is loaded."""
-    model = runtime_of(request).models.get(name)
+    model = runtime_of(request).models.asked(name)
     await model.load()
     return json_reply(describe(model))
 

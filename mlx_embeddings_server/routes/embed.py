@@ -8,11 +8,12 @@ from mlx_embeddings_backends.base import ModelInfo
 from mlx_embeddings_server.codec import encode_inputs, vector_list
 from mlx_embeddings_server.errors import InvalidRequest
 from mlx_embeddings_server.inputs.parse import Content, parse_input
+from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.options import EmbedOptions
+from mlx_embeddings_server.routes.choice import asked_model, dimensions_policy_of, on_model
 from mlx_embeddings_server.routes.replies import embedding_headers, joined
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
-    disconnects_of,
     json_body_of,
     read_json,
     runtime_of,
@@ -20,10 +21,10 @@ from mlx_embeddings_server.routes.requests import (
 )
 from mlx_embeddings_server.schemas.embed import EmbedRequest
 from mlx_embeddings_server.service import Embeddings
+from mlx_embeddings_server.settings import DimensionsPolicy
 
 router = APIRouter(tags=["OpenCLIP service, TEI"], route_class=KeyedRoute)
 
-PATHS = ("/embed", "/")  # "/" is where clients go that are told TEI's address alone
 _FIELDS = ("texts", "images", "inputs")
 
 
@@ -39,18 +40,21 @@ async def embed(request: Request) -> Response:
     """
     body = await read_json(request, EmbedRequest)
     runtime = runtime_of(request)
-    model = runtime.models.get(body.model) if body.model is not None else next(iter(runtime.models))
     field = _field(body)
+    policy = dimensions_policy_of(request)
 
-    async def work() -> Embeddings:
-        async with model:
-            contents = _contents(field, getattr(body, field), model.info, runtime.settings.max_request_inputs)
-            return await runtime.service.embed(model, contents, _options(body), field=field)
+    async def work(model: Model) -> Embeddings:
+        contents = _contents(field, getattr(body, field), model.info, runtime.settings.max_request_inputs)
+        options = _options(body, policy, is_remote=model.spec.is_remote)
+        return await runtime.service.embed(model, contents, options, field=field)
 
-    result = await disconnects_of(request).until_gone(request, work())
+    answered = await on_model(
+        request, asked_model(request, body.model, or_first=True), work, inputs=getattr(body, field)
+    )
+    result = answered.result
     before, after = (b"[", b"]") if field == "inputs" else (b'{"embeddings":[', b"]}")
     content = await joined(vector_list(encode_inputs(result.table.rows, result.table.lengths, "float"), before, after))
-    headers = embedding_headers(result, runtime.service.dimensions_policy)
+    headers = embedding_headers(result, policy or runtime.service.dimensions_policy) | answered.headers
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -73,11 +77,13 @@ def _contents(field: str, value: Any, info: ModelInfo, max_inputs: int) -> list[
     return parse_input(value, modalities=modalities, separator=info.separator, max_inputs=max_inputs, field=field)
 
 
-def _options(body: EmbedRequest) -> EmbedOptions:
+def _options(body: EmbedRequest, policy: DimensionsPolicy | None, *, is_remote: bool) -> EmbedOptions:
+    cuts = not is_remote if body.truncate is None else body.truncate  # elsewhere it is not to be had
     return EmbedOptions(
         input_type=body.input_type,
         prompt_name=body.prompt_name,
-        truncate=truncate_of(True if body.truncate is None else body.truncate, body.truncation_direction),
+        truncate=truncate_of(cuts, body.truncation_direction),
         dimensions=body.dimensions,
         normalize=body.normalize is not False,
+        dimensions_policy=policy,
     )

@@ -6,8 +6,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from mlx_embeddings_server import __version__
-from mlx_embeddings_server.routes.requests import runtime_of
-from mlx_embeddings_server.served_model import ServedModel
+from mlx_embeddings_server.model import Model
+from mlx_embeddings_server.providers.circuit import Circuit
+from mlx_embeddings_server.routes.requests import admin_of, runtime_of
 
 router = APIRouter(tags=["Service"])
 
@@ -21,14 +22,16 @@ _ENDPOINTS = (
 @router.get("/")
 async def index(request: Request) -> JSONResponse:
     """What is served here."""
-    models = [model.name for model in runtime_of(request).models]
+    runtime = runtime_of(request)
+    models = [model.name for model in runtime.models.usable()]
+    own = () if runtime.collections is None else ("/v1/collections", "/api/v1/embeddings/collections")
     return JSONResponse(
         {
             "status": "ok",
             "name": "mlx-embeddings-server",
             "version": __version__,
             "models": models,
-            "endpoints": _ENDPOINTS,
+            "endpoints": _ENDPOINTS + own,
         }
     )
 
@@ -46,17 +49,37 @@ async def health(request: Request) -> JSONResponse:
         "requests_in_flight": runtime.in_flight - 1,  # this one aside
         "models": list(map(_state, runtime.models)),
     }
+    if (cache := runtime.service.cache) is not None:
+        body["cache"] = cache.stats()
+    if providers := runtime.models.providers:
+        body["circuit_breakers"] = {name: circuit_state(each.circuit) for name, each in providers.items()}
+    if (collections := runtime.collections) is not None:
+        state = "ok" if collections.is_available else "unavailable"
+        body["collections"] = {"store": collections.store.name, "state": state}
     return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
 
-def _state(model: ServedModel) -> dict[str, Any]:
+def circuit_state(circuit: Circuit) -> dict[str, Any]:
+    """`retry_after` is in seconds."""
+    return {
+        "state": circuit.state,
+        "failure_count": circuit.failure_count,
+        "opened_at": circuit.opened_at.isoformat() if circuit.opened_at else None,
+        "retry_after": circuit.retry_after,
+    }
+
+
+def _state(model: Model) -> dict[str, Any]:
     engine = model.engine
     return {
         "id": model.name,
         "state": model.state,
         "reason": model.reason,
         "restarts": engine.restarts if engine else 0,
-        "queue": {"items": len(engine.queue.waiting) if engine else 0, "tokens": engine.queue.tokens if engine else 0},
+        "queue": {
+            "items": engine.queue.backlog_items if engine else 0,
+            "tokens": engine.queue.backlog_tokens if engine else 0,
+        },
     }
 
 
@@ -79,5 +102,7 @@ async def live(request: Request) -> Response:
 @router.head("/metrics", include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """Prometheus' text format: an admin's, where callers are told apart, unless --open-metrics."""
+    if not runtime_of(request).settings.open_metrics:
+        await admin_of(request)
     return Response(runtime_of(request).metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,9 +1,9 @@
 """OpenAI's API: /v1/embeddings and /v1/models."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import reduce
-from operator import or_
+from operator import attrgetter, or_
 from typing import Any
 
 import orjson
@@ -14,19 +14,20 @@ from mlx_embeddings_backends.base import PatchGrid
 from mlx_embeddings_server.codec import embedding_list, encode_inputs, quantize, sparse_value, vector_list
 from mlx_embeddings_server.errors import InvalidRequest
 from mlx_embeddings_server.inputs.parse import parse_input
+from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.options import EmbedOptions
+from mlx_embeddings_server.routes.choice import asked_model, dimensions_policy_of, on_model
 from mlx_embeddings_server.routes.replies import embedding_headers, joined, usage
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
-    disconnects_of,
     json_body_of,
     read_json,
     runtime_of,
     truncate_of,
 )
 from mlx_embeddings_server.schemas.openai import EmbeddingsRequest
-from mlx_embeddings_server.served_model import ServedModel
 from mlx_embeddings_server.service import Embeddings, Table
+from mlx_embeddings_server.settings import DimensionsPolicy
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=KeyedRoute)
 
@@ -44,23 +45,29 @@ async def create_embeddings(request: Request) -> Response:
     return await answer(request, await read_json(request, EmbeddingsRequest))
 
 
-async def answer(request: Request, body: EmbeddingsRequest, *, bare: bool = False) -> Response:
-    """`bare`: with the vectors alone, as `embeddings`, in the place of OpenAI's list."""
+async def answer(
+    request: Request,
+    body: EmbeddingsRequest,
+    *,
+    bare: bool = False,
+    name_of: Callable[[Model], str] = attrgetter("name"),
+) -> Response:
+    """`bare`: with the vectors alone, as `embeddings`, in the place of OpenAI's list. `name_of`: for its `model`."""
     runtime = runtime_of(request)
-    model = runtime.models.get(body.model)
+    options = _options(body, dimensions_policy_of(request))
 
-    async def work() -> Embeddings:
-        async with model:
-            contents = parse_input(
-                body.input,
-                modalities=model.info.modalities,
-                separator=model.info.separator,
-                max_inputs=runtime.settings.max_request_inputs,
-            )
-            return await runtime.service.embed(model, contents, _options(body))
+    async def embed(model: Model) -> Embeddings:
+        contents = parse_input(
+            body.input,
+            modalities=model.info.modalities,
+            separator=model.info.separator,
+            max_inputs=runtime.settings.max_request_inputs,
+        )
+        return await runtime.service.embed(model, contents, options)
 
-    result = await disconnects_of(request).until_gone(request, work())
-    headers = embedding_headers(result, runtime.service.dimensions_policy)
+    answered = await on_model(request, asked_model(request, body.model), embed, inputs=body.input)
+    model, result = answered.model, answered.result
+    headers = embedding_headers(result, runtime.service.policy(options)) | answered.headers
     if request.headers.get("accept", "").startswith(_OCTET_STREAM):
         rows = quantize(_only_table(result).rows, body.output_dtype or "float")
         headers |= _describe_bytes(result, rows.shape[1], with_patches="patches" in (body.include or ()))
@@ -69,27 +76,27 @@ async def answer(request: Request, body: EmbeddingsRequest, *, bare: bool = Fals
     if body.include:
         values = _with_patches(values, result.patches)
     if bare and body.outputs is None:
-        after = b'],"model":' + orjson.dumps(model.name) + b',"usage":' + orjson.dumps(usage(result)) + b"}"
+        after = b'],"model":' + orjson.dumps(name_of(model)) + b',"usage":' + orjson.dumps(usage(result)) + b"}"
         content = await joined(vector_list(values, b'{"embeddings":[', after))
     else:
-        content = await joined(embedding_list(values, model=model.name, usage=usage(result)))
+        content = await joined(embedding_list(values, model=name_of(model), usage=usage(result)))
     return Response(content, media_type="application/json", headers=headers)
 
 
 @router.get("/models")
 async def list_models(request: Request) -> JSONResponse:
-    """All served models."""
-    models = [describe(model) for model in runtime_of(request).models]
+    """All served models that may be used."""
+    models = [describe(model) for model in runtime_of(request).models.usable()]
     return JSONResponse({"object": "list", "data": models})
 
 
 @router.get("/models/{name:path}")
 async def get_model(request: Request, name: str) -> JSONResponse:
     """One served model."""
-    return JSONResponse(describe(runtime_of(request).models.get(name)))
+    return JSONResponse(describe(runtime_of(request).models.asked(name)))
 
 
-def _options(body: EmbeddingsRequest) -> EmbedOptions:
+def _options(body: EmbeddingsRequest, dimensions_policy: DimensionsPolicy | None) -> EmbedOptions:
     return EmbedOptions(
         input_type=body.input_type,
         prompt=body.prompt,
@@ -102,6 +109,7 @@ def _options(body: EmbeddingsRequest) -> EmbedOptions:
         token_pool_factor=body.token_pool_factor,
         with_patches=bool(body.include),
         outputs=None if body.outputs is None else tuple(body.outputs),
+        dimensions_policy=dimensions_policy,
     )
 
 
@@ -148,21 +156,34 @@ def _describe_bytes(result: Embeddings, dimensions: int, *, with_patches: bool) 
     return headers
 
 
-def describe(model: ServedModel) -> dict[str, Any]:
+def describe(model: Model) -> dict[str, Any]:
     """What is known of it: before its first load that is little."""
     info, found = model.known_info, model.found
     described: dict[str, Any] = {
         "id": model.name,
         "object": "model",
         "created": model.created,
-        "owned_by": (found.checkpoint.snapshot.name if found else model.spec.source).partition("/")[0],
+        "owned_by": model.spec.provider
+        if model.spec.is_remote
+        else (found.checkpoint.snapshot.name if found else model.spec.source).partition("/")[0],
+        "provider": model.spec.provider,
         "aliases": model.spec.aliases,
+        "fallback": model.spec.fallback,
         "loaded": model.state == "ready",
         "state": model.state,
         "pinned": model.spec.pinned,
     }
-    if info is None or found is None:
-        return described
+    if info is None:
+        said = {"dimensions": model.spec.dimensions, "max_tokens": model.spec.max_tokens}
+        return described | {name: value for name, value in said.items() if value is not None}
+    if found is None:
+        return described | {
+            "dimensions": info.dimensions,
+            "max_tokens": model.spec.max_tokens,
+            "modalities": info.modalities,
+            "output": info.output,
+            "outputs": info.outputs,
+        }
     return described | {
         "backend": info.backend,
         "device": info.device,

@@ -11,8 +11,8 @@ from mlx_embeddings_server.ranking import Ranking
 from mlx_embeddings_server.service import Embeddings
 
 
-def json_reply(content: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json", headers=headers)
+def json_reply(content: Any, headers: Mapping[str, str] | None = None, *, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status_code=status, media_type="application/json", headers=headers)
 
 
 async def joined(parts: Iterator[bytes]) -> bytes:

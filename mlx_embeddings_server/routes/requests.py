@@ -1,7 +1,8 @@
-"""What every route needs of a request: the runtime, the caller's key and the JSON body."""
+"""What every route needs of a request: the runtime, who calls, what is his to take, and the JSON body."""
 
-import secrets
+import ipaddress
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 from fastapi import Request, Response
@@ -9,17 +10,12 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
 from mlx_embeddings_backends.base import Truncate
-from mlx_embeddings_server.errors import (
-    AuthenticationFailed,
-    BodyTooLarge,
-    InvalidRequest,
-    NotJson,
-    Unavailable,
-    quoted,
-)
+from mlx_embeddings_server.auth.caller import ANONYMOUS, Caller, check_admin
+from mlx_embeddings_server.errors import BodyTooLarge, InvalidRequest, NotJson, Unavailable, quoted
 from mlx_embeddings_server.routes.disconnects import DisconnectWatcher
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.schemas.spellings import EXCLUSIVE
+from mlx_embeddings_server.spending import spending
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -48,33 +44,88 @@ def truncate_of(value: bool | Truncate | None, direction: str | None = None) -> 
     return value
 
 
-class KeyedRoute(APIRoute):
-    """Calls its endpoint with the request and the path's parameters, once the caller's key is right.
+def caller_of(request: Request) -> Caller:
+    """Whom the route has found to call: of a keyed route's requests alone."""
+    if runtime_of(request).access is None:
+        return ANONYMOUS
+    return cast(Caller, request.scope["caller"])
 
-    FastAPI's own handler solves dependencies and reads the body anew for every request, which for one short text takes
-    as long as all the rest of serving it. The endpoint's signature still makes the reference at /docs.
+
+async def identify(request: Request) -> Caller:
+    """Raises `AuthenticationFailed`, or `Unavailable` where that cannot be told now."""
+    access = runtime_of(request).access
+    if access is None:
+        return ANONYMOUS
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else None
+    caller = request.scope["caller"] = await access.identify(bearer, request.headers.get("x-api-key"))
+    return caller
+
+
+async def admin_of(request: Request) -> Caller:
+    """Raises what `identify` does, and `PermissionDenied`."""
+    caller = await identify(request)
+    check_admin(caller)
+    return caller
+
+
+class KeyedRoute(APIRoute):
+    """Calls its endpoint with the request and the path's parameters, once it is known who calls, and that he may.
+
+    A POST is work, and counts for the caller's limits. FastAPI's own handler solves dependencies and reads the body
+    anew for every request, which for one short text takes as long as all the rest of serving it. The endpoint's
+    signature still makes the reference at /docs.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        is_work = "POST" in (self.methods or ())
+
         async def handle(request: Request) -> Response:
-            check_key(request)
+            runtime = runtime_of(request)
+            if runtime.access is not None:
+                await identify(request)
+            if is_work and runtime.rate_limits is not None:
+                return await self._within_limits(request)
+            return cast(Response, await self.endpoint(request, **request.path_params))
+
+        return handle
+
+    async def _within_limits(self, request: Request) -> Response:
+        """Raises `RateLimitExceeded`."""
+        limits, name = runtime_of(request).rate_limits, _limited_name(request)
+        assert limits is not None
+        headers = await limits.admit(name)
+        with spending() as spent:
+            try:
+                response = cast(Response, await self.endpoint(request, **request.path_params))
+            finally:
+                headers |= await limits.charge(name, spent.tokens)
+        response.headers.update(headers)
+        return response
+
+
+class AdminRoute(KeyedRoute):
+    """For admins, and without limits."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        async def handle(request: Request) -> Response:
+            await admin_of(request)
             return cast(Response, await self.endpoint(request, **request.path_params))
 
         return handle
 
 
-def check_key(request: Request) -> None:
-    """Open where no key is set. Raises `AuthenticationFailed`."""
-    expected = runtime_of(request).settings.api_key
-    if expected is None:
-        return
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    given = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    if not secrets.compare_digest(given.encode(), expected.get_secret_value().encode()):
-        raise AuthenticationFailed(
-            "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+def _limited_name(request: Request) -> str:
+    """A caller's name; of nobody in particular the address, as uvicorn has it of the socket or of a trusted proxy."""
+    if runtime_of(request).access is not None:
+        return f"user:{caller_of(request).name}"
+    host = request.client.host if request.client else "local"
+    if ":" in host:
+        with suppress(ValueError):
+            address = ipaddress.IPv6Address(host.partition("%")[0])
+            # Where the socket takes both kinds, IPv4 is within IPv6. Whoever has IPv6 has a network of it.
+            host = str(address.ipv4_mapped or ipaddress.IPv6Network((address, 64), strict=False))
+    return f"address:{host[:64]}"
 
 
 async def read_json(request: Request, schema: type[Body]) -> Body:

@@ -6,19 +6,19 @@ from fastapi import APIRouter, Request, Response
 
 from mlx_embeddings_server.errors import InvalidInput, InvalidRequest
 from mlx_embeddings_server.inputs.parse import Content, parse_input
+from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.models import Models
 from mlx_embeddings_server.ranking import Ranking
+from mlx_embeddings_server.routes.choice import asked_model, on_model
 from mlx_embeddings_server.routes.replies import account_headers, json_reply, usage
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
-    disconnects_of,
     json_body_of,
     read_json,
     runtime_of,
     truncate_of,
 )
 from mlx_embeddings_server.schemas.rerank import RerankRequest
-from mlx_embeddings_server.served_model import ServedModel
 
 router = APIRouter(tags=["Rerank"], route_class=KeyedRoute)
 
@@ -44,18 +44,18 @@ async def answer(request: Request, body: RerankRequest) -> Response:
     given = body.documents if body.texts is None else body.texts
     if given is None:
         raise InvalidRequest("documents is missing", param="documents", code="missing_required_parameter")
-    model = runtime.models.get(body.model) if body.model is not None else _first_reranker(runtime.models)
+    asked = asked_model(request, body.model) if body.model is not None else _first_reranker(runtime.models)
 
-    async def work() -> Ranking:
-        async with model:
-            [query] = _contents(model, [body.query], 1, "query", one=True)
-            documents = _contents(model, given, runtime.settings.max_request_inputs, field)
-            truncate = truncate_of(body.truncate, body.truncation_direction)
-            return await runtime.ranking.rerank(
-                model, query, documents, truncate=truncate, raw_scores=bool(body.raw_scores), field=field
-            )
+    async def work(model: Model) -> Ranking:
+        [query] = _contents(model, [body.query], 1, "query", one=True)
+        documents = _contents(model, given, runtime.settings.max_request_inputs, field)
+        truncate = truncate_of(body.truncate, body.truncation_direction)
+        return await runtime.ranking.rerank(
+            model, query, documents, truncate=truncate, raw_scores=bool(body.raw_scores), field=field
+        )
 
-    result = await disconnects_of(request).until_gone(request, work())
+    answered = await on_model(request, asked, work, inputs=None, gives_vectors=False)
+    model, result = answered.model, answered.result
     best = result.best(body.top_n)
     if field == "texts":
         reply: Any = [
@@ -70,10 +70,10 @@ async def answer(request: Request, body: RerankRequest) -> Response:
             for index in best
         ]
         reply = {"object": "rerank", "model": model.name, "results": results, "usage": usage(result)}
-    return json_reply(reply, account_headers(result))
+    return json_reply(reply, account_headers(result) | answered.headers)
 
 
-def _contents(model: ServedModel, given: Any, most: int, field: str, *, one: bool = False) -> list[Content]:
+def _contents(model: Model, given: Any, most: int, field: str, *, one: bool = False) -> list[Content]:
     """Raises `InvalidInput`."""
     if one and not isinstance(given[0], str | dict):
         raise InvalidInput(field, 'must be a string, {"text": ...} or {"image": ...}', code="invalid_type")
@@ -105,9 +105,9 @@ def _document(given: str | dict[str, Any]) -> dict[str, Any]:
     return {"text": given} if isinstance(given, str) else given
 
 
-def _first_reranker(models: Models) -> ServedModel:
+def _first_reranker(models: Models) -> Model:
     """For clients that name none, TEI's: the same whatever has been loaded meanwhile. Raises `InvalidRequest`."""
-    served = list(models)
+    served = list(models.usable())
     for model in served:
         is_one = model.spec.pinned and model.known_info is not None and model.known_info.output == "rerank"
         if is_one or model.spec.kind == "rerank":

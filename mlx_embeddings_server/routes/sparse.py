@@ -9,18 +9,18 @@ from mlx_embeddings_server.codec import embedding_list, sparse_value
 from mlx_embeddings_server.errors import InvalidRequest
 from mlx_embeddings_server.failures import as_api_errors
 from mlx_embeddings_server.inputs.parse import parse_input
+from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.options import EmbedOptions
+from mlx_embeddings_server.routes.choice import asked_model, on_model
 from mlx_embeddings_server.routes.replies import account_headers, joined, usage
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
-    disconnects_of,
     json_body_of,
     read_json,
     runtime_of,
     truncate_of,
 )
 from mlx_embeddings_server.schemas.sparse import SparseRequest
-from mlx_embeddings_server.served_model import ServedModel
 from mlx_embeddings_server.service import Embeddings
 
 router = APIRouter(tags=["Sparse"], route_class=KeyedRoute)
@@ -34,7 +34,6 @@ async def embed_sparse(request: Request) -> Response:
 
 async def answer(request: Request, body: SparseRequest) -> Response:
     runtime = runtime_of(request)
-    model = runtime.models.get(body.model)
     options = EmbedOptions(
         input_type=body.input_type,
         prompt=body.prompt,
@@ -44,34 +43,34 @@ async def answer(request: Request, body: SparseRequest) -> Response:
         max_active_dims=body.max_active_dims,
     )
 
-    async def work() -> tuple[Embeddings, list[list[str] | None]]:
-        async with model:
-            name = _token_names(model) if body.tokens else None
-            contents = parse_input(
-                body.input,
-                modalities=model.info.modalities,
-                separator=model.info.separator,
-                max_inputs=runtime.settings.max_request_inputs,
-            )
-            result = await runtime.service.embed(model, contents, options)
-            return result, [name(each.indices.tolist()) for each in result.sparse or ()] if name else []
+    async def work(model: Model) -> tuple[Embeddings, list[list[str] | None]]:
+        name = _token_names(model) if body.tokens else None
+        contents = parse_input(
+            body.input,
+            modalities=model.info.modalities,
+            separator=model.info.separator,
+            max_inputs=runtime.settings.max_request_inputs,
+        )
+        result = await runtime.service.embed(model, contents, options)
+        return result, [name(each.indices.tolist()) for each in result.sparse or ()] if name else []
 
-    result, words = await disconnects_of(request).until_gone(request, work())
+    answered = await on_model(request, asked_model(request, body.model), work, inputs=body.input)
+    model, (result, words) = answered.model, answered.result
 
     def values() -> Iterator[dict[str, Any]]:
         for index, vector in enumerate(result.sparse or ()):
             yield {"embedding": sparse_value(vector) | ({"tokens": words[index]} if body.tokens else {})}
 
     content = await joined(embedding_list(values(), model=model.name, usage=usage(result)))
-    return Response(content, media_type="application/json", headers=account_headers(result))
+    return Response(content, media_type="application/json", headers=account_headers(result) | answered.headers)
 
 
-def _token_names(model: ServedModel) -> Callable[[Sequence[int]], list[str] | None] | None:
+def _token_names(model: Model) -> Callable[[Sequence[int]], list[str] | None] | None:
     """Of the places of the model's vectors. Raises `InvalidRequest` where these stand for no tokens."""
-    if "sparse" not in model.info.outputs:
+    if model.engine is None or "sparse" not in model.info.outputs:
         return None  # it is refused for that, later
     with as_api_errors("input", ()):
-        backend = model.provider.engine.backend
+        backend = model.engine.backend
     if backend.token_strings([]) is None:
         raise InvalidRequest(
             f"the dimensions of {model.name!r}'s vectors are learnt, and stand for no tokens of its vocabulary: leave "

@@ -1,9 +1,18 @@
-"""The unified API under /api/v1: the same models, OpenAI's fields or its own, and `options`."""
+"""The unified API under /api/v1: the same models, OpenAI's fields or its own, and `options`.
+
+POST /api/v1/embeddings is the tldw server's, too.
+"""
+
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
+from mlx_embeddings_server.model import Model
+from mlx_embeddings_server.provider_entry import LOCAL_NAMES
+from mlx_embeddings_server.providers import LOCAL
 from mlx_embeddings_server.routes import openai, rerank, sparse
-from mlx_embeddings_server.routes.requests import KeyedRoute, json_body_of, read_json
+from mlx_embeddings_server.routes.requests import KeyedRoute, json_body_of, read_json, runtime_of
+from mlx_embeddings_server.routes.tldw import id_of
 from mlx_embeddings_server.schemas.unified import (
     UnifiedEmbeddingsRequest,
     UnifiedRerankRequest,
@@ -19,9 +28,26 @@ router.add_api_route("/models/{name:path}", openai.get_model, methods=["GET"])
 
 @router.post("/embeddings", openapi_extra=json_body_of(UnifiedEmbeddingsRequest))
 async def embeddings(request: Request) -> Response:
-    """As /v1/embeddings; a request with `texts` is answered with `embeddings`, a list of vectors."""
+    """As /v1/embeddings; a request with `texts` is answered with `embeddings`, a list of vectors.
+
+    Where the request names a provider, the reply's `model` does too.
+    """
     body = await read_json(request, UnifiedEmbeddingsRequest)
-    return await openai.answer(request, with_options(body), bare=body.texts is not None)
+    name_of = partial(_answering, request, body.model)
+    return await openai.answer(request, with_options(body), bare=body.texts is not None, name_of=name_of)
+
+
+def _answering(request: Request, asked: str | None, model: Model) -> str:
+    """As the tldw server tells it to who names a provider: `provider:model`, but for OpenAI's own."""
+    models, own = runtime_of(request).models, model.spec.provider
+    named = request.headers.get("x-provider") or (asked or "").partition(":")[0]
+    if named not in (*models.provider_names, *LOCAL_NAMES):
+        return model.name
+    if own == "openai":
+        return id_of(model)
+    # This process has several names: that which the client knows.
+    provider = named if own == LOCAL and named in LOCAL_NAMES else own
+    return f"{provider}:{id_of(model)}"
 
 
 @router.post("/embed_sparse", openapi_extra=json_body_of(UnifiedSparseRequest))

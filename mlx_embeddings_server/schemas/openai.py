@@ -35,7 +35,7 @@ class EmbeddingsRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    model: str = Field(description="A served id or alias.")
+    model: str | None = Field(None, description="A served id or alias. May be left out where there is a default model.")
     # Checked by inputs.parse, whose messages name the item: a union's errors would name every branch.
     input: Annotated[Any, Field(json_schema_extra=_INPUT_SCHEMA)]
     encoding_format: EncodingFormat | None = Field(None, description="float if absent.")

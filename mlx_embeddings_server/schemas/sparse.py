@@ -10,7 +10,7 @@ class SparseRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    model: str = Field(description="A served id or alias.")
+    model: str | None = Field(None, description="A served id or alias. May be left out where there is a default model.")
     # Checked by inputs.parse, whose messages name the item.
     input: Annotated[
         Any, Field(json_schema_extra={"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})

@@ -43,7 +43,7 @@ class UnifiedEmbeddingsRequest(EmbeddingsRequest):
         "prompt_name": "prompt_name",
     }
 
-    model: str = Field(description="`model_id` means the same.")
+    model: str | None = Field(None, description="`model_id` means the same.")
     input: Any = Field(description="`texts` means the same.")
     texts: Any = None
     options: Options | None = None
@@ -63,7 +63,7 @@ class UnifiedSparseRequest(SparseRequest):
         "prompt_name": "prompt_name",
     }
 
-    model: str = Field(description="`model_id` means the same.")
+    model: str | None = Field(None, description="`model_id` means the same.")
     input: Any = Field(description="`texts` means the same.")
     options: Options | None = None
 

@@ -1,0 +1,1 @@
+"""Collections of documents and their vectors: each user's own, in Chroma or in Qdrant."""

@@ -1,0 +1,343 @@
+"""Dense vectors in Chroma: inside this process with its files in a folder, or a Chroma server by URL.
+
+An index is a Chroma collection in cosine space: the text as `documents`, the image's URL or data URI as `uris`. Inside
+the process, what an upsert has acknowledged is in SQLite and fsynced; a server gives what its own disk gives.
+
+Two things that Chroma leaves to its callers are done here:
+- An upsert joins new metadata with the old: keys that are gone are removed by name.
+- Dropped vectors stay on the disk: the folder of an index that is no longer in Chroma's tables is removed.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import chromadb
+import chromadb.errors
+import httpx
+import numpy as np
+from cachetools import LRUCache
+from chromadb.api.client import Client
+from chromadb.api.collection_configuration import CreateHNSWConfiguration
+from chromadb.api.models.Collection import Collection as Records
+from chromadb.config import Settings
+from numpy.typing import NDArray
+
+from mlx_embeddings_server.stores.base import (
+    Document,
+    EmbeddedDocument,
+    EmbeddingFacts,
+    Hit,
+    IndexGone,
+    InvalidValue,
+    Kind,
+    StoreFull,
+    StoreUnavailable,
+    failed,
+)
+from mlx_embeddings_server.stores.batches import batches
+from mlx_embeddings_server.stores.filters import Comparison, Group, Where
+
+# Of the ten nearest of 6,000 vectors spread like texts', 99.8% are found; 98.6% with Chroma's default of 100.
+_HNSW: CreateHNSWConfiguration = {"space": "cosine", "ef_construction": 200, "ef_search": 200}
+_FETCH_AT_ONCE = 1000
+_MAX_BYTES = 30_000_000  # of one request: a Chroma server refuses 40 MB
+_CONNECT_SECONDS = 5.0
+_LITTLE_SPACE = 16 * 1024 * 1024
+
+# In a process of its own: to open and close Chroma's file in this one would release the locks that Chroma holds on it.
+_SEGMENTS = """
+import sqlite3, sys, pathlib
+database = sqlite3.connect(pathlib.Path(sys.argv[1]).as_uri() + "?mode=ro", uri=True, timeout=10)
+print("\\n".join(id for (id,) in database.execute("SELECT id FROM segments")))
+"""
+
+
+def open_chroma(url: str | None, path: Path | None, api_key: str | None, timeout: float) -> "ChromaIndex":
+    """`path` of an embedded one. A server need not answer yet. Raises `StoreUnavailable`."""
+    if url is not None:
+        server = _Server(url, api_key, timeout)
+        return ChromaIndex(server.connect, server.ask, None)
+    assert path is not None
+
+    def connect() -> Client:
+        return cast(Client, chromadb.PersistentClient(path=str(path), settings=_settings()))
+
+    index = ChromaIndex(connect, lambda: None, path)
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    index.remove_dead_folders()
+    index.check()
+    return index
+
+
+# What is said of a collection while its parts are being dropped.
+_HALF_DROPPED = "Missing metadata segment"
+
+
+def _settings() -> Settings:
+    # Neither usage statistics, nor settings from an .env that happens to lie in the working folder.
+    return Settings(_env_file=None, anonymized_telemetry=False)  # type: ignore[call-arg]
+
+
+class _Server:
+    """Chroma's client waits for ever, and raises a bare Exception for what is no Chroma's answer: so there is `ask`
+    to call first, and the client's sessions are told.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+        self._url = url
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._timeout = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS))
+        self._hooks = {"response": [_refuse_foreign_answers]}
+
+    def ask(self) -> None:
+        """Raises, where no Chroma answers."""
+        with httpx.Client(timeout=self._timeout, headers=self._headers, event_hooks=self._hooks) as client:
+            client.get(f"{self._url}/api/v2/heartbeat")
+
+    def connect(self) -> Client:
+        client = cast(Client, chromadb.HttpClient(host=self._url, headers=self._headers, settings=_settings()))
+        for session in _sessions(client):
+            session.timeout = self._timeout
+            session.event_hooks = self._hooks
+        return client
+
+
+def _sessions(client: Client) -> list[httpx.Client]:
+    """Of a Chroma server's client, and of the one in it that looks after databases."""
+    servers = client._server, cast(Any, client._admin_client)._server
+    return [session for server in servers if isinstance(session := getattr(server, "_session", None), httpx.Client)]
+
+
+def _refuse_foreign_answers(response: httpx.Response) -> None:
+    if response.is_success and "json" in response.headers.get("Content-Type", ""):
+        return
+    try:
+        body = json.loads(response.read())
+    except ValueError:
+        body = None
+    if 300 <= response.status_code < 400:
+        raise StoreUnavailable("what answers at the Chroma URL sends elsewhere: give the URL that it sends to")
+    if response.status_code in (401, 403):
+        raise StoreUnavailable("Chroma refuses this server's key: check collections_api_key")
+    if response.status_code == 413:
+        raise InvalidValue("the documents are too large for the Chroma server: send fewer, or smaller ones")
+    if not isinstance(body, dict) or body.get("error") not in chromadb.errors.error_types:
+        raise StoreUnavailable(f"Chroma, or what stands before it, answers with status {response.status_code}")
+
+
+class ChromaIndex:
+    name = "chroma"
+    kinds: tuple[Kind, ...] = ("dense",)
+
+    def __init__(self, connect: Callable[[], Client], ask: Callable[[], None], path: Path | None) -> None:
+        """At the first use, `connect` is called by one thread, after `ask`. `path`: the folder of an embedded one."""
+        self._connect = connect
+        self._ask = ask
+        self._path = path
+        self._client: Client | None = None
+        self._max_batch = 0
+        self._lock = threading.Lock()
+        self._known: LRUCache[str, Records] = LRUCache(1024)
+
+    def create(self, index: str, facts: EmbeddingFacts, label: Mapping[str, str]) -> None:
+        with self._errors(index):
+            self._opened().get_or_create_collection(
+                index, embedding_function=None, metadata=dict(label), configuration={"hnsw": _HNSW}
+            )
+
+    def drop(self, index: str) -> None:
+        with self._lock:
+            self._known.pop(index, None)
+        try:
+            with self._errors(index):
+                self._opened().delete_collection(index)
+        except IndexGone:
+            pass
+        self.remove_dead_folders()
+
+    def indexes(self, prefix: str) -> list[str]:
+        with self._errors(prefix):
+            client, at_once = self._opened(), 1000
+            found: list[str] = []
+            while page := client.list_collections(limit=at_once, offset=len(found)):
+                found += [each.name for each in page]
+                if len(page) < at_once:
+                    break
+        return [name for name in found if name.startswith(prefix)]
+
+    def count(self, index: str) -> int:
+        with self._errors(index):
+            return self._records(index).count()
+
+    def upsert(self, index: str, facts: EmbeddingFacts, documents: Sequence[EmbeddedDocument]) -> None:
+        with self._errors(index):
+            records = self._records(index)
+            for batch in batches(documents, self._max_batch, _MAX_BYTES, bytes_of_number=6):
+                ids = [each.document.id for each in batch]
+                before = dict(_rows(records.get(ids=ids, include=["metadatas"]), "metadatas"))
+                records.upsert(
+                    ids=ids,
+                    embeddings=np.stack([each.vectors for each in batch]),
+                    documents=[each.document.text or "" for each in batch],
+                    uris=[each.document.image or "" for each in batch],
+                    metadatas=cast(Any, [_replacing(before.get(each.document.id), each.document) for each in batch]),
+                )
+
+    def ids(self, index: str, where: Where | None = None, limit: int | None = None, offset: int = 0) -> list[str]:
+        with self._errors(index):
+            return self._records(index).get(where=translated(where), limit=limit, offset=offset, include=[])["ids"]
+
+    def fetch(self, index: str, ids: Sequence[str]) -> list[Document]:
+        found: dict[str, Document] = {}
+        with self._errors(index):
+            records = self._records(index)
+            for start in range(0, len(ids), _FETCH_AT_ONCE):
+                some = list(ids[start : start + _FETCH_AT_ONCE])
+                reply = records.get(ids=some, include=["documents", "uris", "metadatas"])
+                found |= {each.id: each for each in _documents(reply["ids"], reply)}
+        return [found[id] for id in ids if id in found]
+
+    def delete(self, index: str, ids: Sequence[str]) -> None:
+        with self._errors(index):
+            self._records(index).delete(ids=list(ids))
+
+    def query(
+        self, index: str, facts: EmbeddingFacts, vectors: NDArray[np.float32], limit: int, where: Where | None
+    ) -> list[Hit]:
+        with self._errors(index):
+            reply: Mapping[str, Any] = self._records(index).query(
+                query_embeddings=vectors[np.newaxis],
+                n_results=limit,
+                where=translated(where),
+                include=["documents", "uris", "metadatas", "distances"],
+            )
+        first = {key: reply[key][0] for key in ("documents", "uris", "metadatas")}
+        found = _documents(reply["ids"][0], first)
+        return [Hit(each, 1 - far, far) for each, far in zip(found, reply["distances"][0], strict=True)]
+
+    def check(self) -> None:
+        with self._errors(""):
+            self._opened().heartbeat()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._client is not None:
+                sessions = _sessions(self._client)
+                self._client.close()
+                self._client = None
+                for session in sessions:  # which it leaves open
+                    session.close()
+
+    def remove_dead_folders(self) -> None:
+        """Of an embedded Chroma: what it leaves of dropped collections."""
+        tables = self._path / "chroma.sqlite3" if self._path else None
+        if self._path is None or tables is None or not tables.exists():
+            return
+        # Looked at first: a collection is in the tables before it has a folder.
+        folders = [each for each in self._path.iterdir() if each.is_dir() and _is_uuid(each.name)]
+        if not folders:
+            return
+        listed = subprocess.run([sys.executable, "-I", "-c", _SEGMENTS, str(tables)], capture_output=True, text=True)
+        if listed.returncode == 0:
+            alive = set(listed.stdout.split())
+            for folder in folders:
+                if folder.name not in alive:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _opened(self) -> Client:
+        if self._client is None:
+            self._ask()
+        with self._lock:
+            if self._client is None:
+                client = self._connect()
+                self._max_batch = client.get_max_batch_size()
+                self._client = client
+            return self._client
+
+    def _records(self, index: str) -> Records:
+        client = self._opened()
+        with self._lock:
+            known = self._known.get(index)
+        if known is None:
+            known = client.get_collection(index, embedding_function=None)
+            with self._lock:
+                self._known[index] = known
+        return known
+
+    @contextmanager
+    def _errors(self, index: str) -> Iterator[None]:
+        try:
+            yield
+        except chromadb.errors.ChromaError as error:
+            if isinstance(error, chromadb.errors.NotFoundError) or _HALF_DROPPED in str(error):
+                with self._lock:
+                    self._known.pop(index, None)
+                raise IndexGone(index) from error
+            if self._is_full(str(error)):
+                raise StoreFull(
+                    "the disk of the Chroma store is full: make room, then send the request again"
+                ) from error
+            raise failed("Chroma", error) from error
+        except httpx.TimeoutException as error:
+            raise StoreUnavailable("Chroma does not answer in time: try again later") from error
+        except httpx.HTTPError as error:
+            raise StoreUnavailable("Chroma does not answer: is its server running?") from error
+        except ValueError as error:
+            # Its client's own word for a server that it cannot reach.
+            if "Could not connect" not in str(error):
+                raise
+            raise StoreUnavailable("Chroma does not answer: is its server running?") from error
+
+    def _is_full(self, message: str) -> bool:
+        if "disk is full" in message:
+            return True
+        return self._path is not None and shutil.disk_usage(self._path).free < _LITTLE_SPACE
+
+
+def translated(where: Where | None) -> dict[str, Any] | None:
+    """In Chroma's own words, which allow one condition an object."""
+    match where:
+        case None:
+            return None
+        case Comparison(key, "$in" | "$nin" as operator, values):
+            # Of one type: numbers compare by value either way.
+            mixed = len({type(each) for each in values}) > 1
+            return {key: {operator: [float(each) for each in values] if mixed else list(values)}}
+        case Comparison(key, operator, (value,)):
+            return {key: {operator: value}}
+        case Group(logic, parts):
+            return {logic: [translated(part) for part in parts]}
+    raise AssertionError(where)
+
+
+def _replacing(before: Mapping[str, Any] | None, document: Document) -> dict[str, Any] | None:
+    """Metadata to upsert so that the document has its own and nothing of what was there before."""
+    return {**dict.fromkeys(before or {}), **document.metadata} or None
+
+
+def _rows(reply: Mapping[str, Any], column: str) -> Iterator[tuple[str, Any]]:
+    return zip(reply["ids"], reply[column], strict=True)
+
+
+def _documents(ids: Sequence[str], columns: Mapping[str, Any]) -> list[Document]:
+    rows = zip(ids, columns["documents"], columns["uris"], columns["metadatas"], strict=True)
+    return [
+        Document(id, text if text or not image else None, image or None, dict(metadata or {}))
+        for id, text, image, metadata in rows
+    ]
+
+
+def _is_uuid(name: str) -> bool:
+    try:
+        uuid.UUID(name)
+    except ValueError:
+        return False
+    return True
