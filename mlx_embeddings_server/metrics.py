@@ -5,7 +5,7 @@ Labels are what the server's settings name, routes' patterns and a few fixed wor
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -31,12 +31,15 @@ _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _PREFIX = "mlx_embeddings_"
 
+Child = TypeVar("Child", Counter, Gauge, Histogram)
+
 
 class Metrics:
     """What is counted, and how it is shown."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._children: dict[tuple[Collector, tuple[str, ...]], Any] = {}
         ProcessCollector(registry=self._registry)
         self._of_requests()
         self._of_batches()
@@ -45,9 +48,6 @@ class Metrics:
     def _of_requests(self) -> None:
         self._requests = self._counter("requests", "Requests by route, method and status", "route", "method", "status")
         self._request_seconds = self._histogram("request_seconds", "Time to answer a request", _SECONDS, "route")
-        # Looking these up takes longer than counting.
-        self._routes: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self._answers: dict[str, tuple[Counter, Counter]] = {}
         self._inputs = self._counter("inputs", "Inputs of requests that were answered", "model")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of requests that were answered", "model")
         self._queue_seconds = self._histogram("queue_seconds", "Time a request waited", _SECONDS, "model")
@@ -89,52 +89,52 @@ class Metrics:
     def _histogram(self, name: str, what: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(_PREFIX + name, what, labels, buckets=buckets, registry=self._registry)
 
+    def _child(self, metric: Child, *labels: str) -> Child:
+        """`metric.labels(...)`, which takes longer than counting does, looked up once."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return cast("Child", child)
+
     def observe_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """`route` is its pattern, and `method` one of the known."""
-        key = route, method, status
-        if key not in self._routes:
-            self._routes[key] = self._requests.labels(route, method, str(status)), self._request_seconds.labels(route)
-        count, histogram = self._routes[key]
-        count.inc()
-        histogram.observe(seconds)
+        self._child(self._requests, route, method, str(status)).inc()
+        self._child(self._request_seconds, route).observe(seconds)
 
     def observe_answer(self, model: str, inputs: int, tokens: int) -> None:
-        if model not in self._answers:
-            self._answers[model] = self._inputs.labels(model), self._prompt_tokens.labels(model)
-        of_inputs, of_tokens = self._answers[model]
-        of_inputs.inc(inputs)
-        of_tokens.inc(tokens)
+        self._child(self._inputs, model).inc(inputs)
+        self._child(self._prompt_tokens, model).inc(tokens)
 
     def observe_wait(self, model: str, seconds: float) -> None:
-        self._queue_seconds.labels(model).observe(seconds)
+        self._child(self._queue_seconds, model).observe(seconds)
 
     def observe_provider(self, provider: str, seconds: float, *, failed: bool) -> None:
-        self._provider_seconds.labels(provider, "failed" if failed else "ok").observe(seconds)
+        self._child(self._provider_seconds, provider, "failed" if failed else "ok").observe(seconds)
 
     def observe_fallback(self, asked: str, answered_by: str) -> None:
-        self._fallbacks.labels(asked, answered_by).inc()
+        self._child(self._fallbacks, asked, answered_by).inc()
 
     def observe_batch(self, model: str, stats: BatchStats) -> None:
         """From a worker's thread."""
-        self._batch_seconds.labels(model).observe(stats.seconds)
-        self._batch_items.labels(model).observe(stats.items)
-        self._batch_fill.labels(model).observe(stats.tokens / max(1, stats.padded_tokens))
-        self._batch_tokens.labels(model).inc(stats.tokens)
-        self._padded_tokens.labels(model).inc(stats.padded_tokens)
+        self._child(self._batch_seconds, model).observe(stats.seconds)
+        self._child(self._batch_items, model).observe(stats.items)
+        self._child(self._batch_fill, model).observe(stats.tokens / max(1, stats.padded_tokens))
+        self._child(self._batch_tokens, model).inc(stats.tokens)
+        self._child(self._padded_tokens, model).inc(stats.padded_tokens)
 
     def observe_load(self, model: str, seconds: float, memory_bytes: int) -> None:
-        self._loads.labels(model, "ok").inc()
-        self._load_seconds.labels(model).set(seconds)
-        self._model_bytes.labels(model).set(memory_bytes)
-        self._is_loaded.labels(model).set(1)
+        self._child(self._loads, model, "ok").inc()
+        self._child(self._load_seconds, model).set(seconds)
+        self._child(self._model_bytes, model).set(memory_bytes)
+        self._child(self._is_loaded, model).set(1)
 
     def observe_failed_load(self, model: str) -> None:
-        self._loads.labels(model, "failed").inc()
+        self._child(self._loads, model, "failed").inc()
 
     def observe_unload(self, model: str) -> None:
-        self._unloads.labels(model).inc()
-        self._model_bytes.labels(model).set(0)
-        self._is_loaded.labels(model).set(0)
+        self._child(self._unloads, model).inc()
+        self._child(self._model_bytes, model).set(0)
+        self._child(self._is_loaded, model).set(0)
 
     def watch_in_flight(self, count: Callable[[], int]) -> None:
         self._gauge("requests_in_flight", "Requests that are being answered").set_function(count)

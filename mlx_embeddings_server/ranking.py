@@ -61,7 +61,7 @@ class RankingService:
         match model.info.output:
             case "rerank":
                 vectors = await self._score_pairs(model, query, documents, truncate, field)
-                scores = np.concatenate(cast(list[NDArray[np.float32]], vectors.rows))
+                scores = np.concatenate(cast("list[NDArray[np.float32]]", vectors.rows))
                 if model.info.score_activation == "sigmoid" and not raw_scores:
                     scores = sigmoid(scores)
                 accounts = vectors.accounts
@@ -71,7 +71,7 @@ class RankingService:
                 vectors = await self._embed(model, query, documents, truncate, field)
                 if vectors.accounts[0].truncated:
                     raise InvalidInput("query", _QUERY_TOO_LONG.format(model.info.max_tokens), code="input_too_long")
-                rows = [normalized(np.atleast_2d(row)) for row in cast(list[NDArray[np.float32]], vectors.rows)]
+                rows = [normalized(np.atleast_2d(row)) for row in cast("list[NDArray[np.float32]]", vectors.rows)]
                 scores = await asyncio.to_thread(max_sim, rows[0], rows[1:])
                 accounts = vectors.accounts[1:]
         prompt_tokens = sum(account.tokens for account in vectors.accounts)
@@ -97,7 +97,7 @@ class RankingService:
                 raise wrong_type(model, "scores texts, and images are no texts: rerank these with a model for images")
         # Put before the query: what the server's file says, or what the checkpoint does without being asked.
         prompt = model.spec.prompts.get("query") or prompt_of(model.info, EmbedOptions())
-        items = [Item(Pair(cast(str, query), cast(str, document)), prompt) for document in documents]
+        items = [Item(Pair(cast("str", query), cast("str", document)), prompt) for document in documents]
         return await self._embedding.run(model, items, truncate, as_api_errors(field, range(len(items))))
 
     async def _embed(
@@ -121,7 +121,7 @@ def _item(model: Model, content: str | tuple[int, ...] | EncodedImage, role: Rol
 
 
 def sigmoid(scores: NDArray[np.float32]) -> NDArray[np.float32]:
-    return cast(NDArray[np.float32], 1 / (1 + np.exp(-scores.astype(np.float64)))).astype(np.float32)
+    return cast("NDArray[np.float32]", 1 / (1 + np.exp(-scores.astype(np.float64)))).astype(np.float32)
 
 
 def max_sim(query: NDArray[np.float32], documents: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""What is known of a request while it is answered, for the log and for traces: filled in where it becomes known."""
+"""What is known of a request while it is answered, for the log, traces and limits: filled in where it becomes known."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class RequestRecord:
     id: str
     model: str | None = None  # that was asked last, by its served name
     inputs: int | None = None
-    tokens: int | None = None
+    tokens: int | None = None  # of all that it has computed
     trace_id: str | None = None  # where the request is traced
 
 
@@ -49,7 +49,7 @@ def note_inputs(model: str, inputs: int) -> None:
         record.model, record.inputs = model, inputs
 
 
-def note_tokens(tokens: int) -> None:
+def add_tokens(tokens: int) -> None:
     """Nothing, where there is no request."""
     if (record := _current.get()) is not None:
-        record.tokens = tokens
+        record.tokens = (record.tokens or 0) + tokens

@@ -42,9 +42,8 @@ from mlx_embeddings_server.options import (
 )
 from mlx_embeddings_server.pooling import normalized, pool_patches, pool_tokens
 from mlx_embeddings_server.providers.base import REMOTE, Timings, Vectors
-from mlx_embeddings_server.request_record import note_inputs, note_tokens
+from mlx_embeddings_server.request_record import add_tokens, note_inputs
 from mlx_embeddings_server.settings import DimensionsPolicy
-from mlx_embeddings_server.spending import spend
 from mlx_embeddings_server.tracing import stages
 
 _UNIT_TOLERANCE = 1e-3  # of a vector's length: what half precision leaves of it
@@ -182,8 +181,7 @@ class EmbeddingService:
 
     def account(self, model: Model, inputs: int, tokens: int) -> None:
         """What a request has taken that is about to be answered: for its caller's limits, the log and the metrics."""
-        spend(tokens)
-        note_tokens(tokens)
+        add_tokens(tokens)
         self._metrics.observe_answer(model.label, inputs, tokens)
 
     async def _decode_token_ids(self, contents: Sequence[Content], field: str) -> Sequence[Content]:
@@ -239,8 +237,8 @@ class EmbeddingService:
 
 def _of(output: Output, rows: Sequence[Row], *, is_named: bool) -> list[NDArray[np.float32]]:
     """Each item's rows of one kind, which are by name where several kinds may be asked for."""
-    found = [cast(Mapping[Output, Vector], row)[output] for row in rows] if is_named else rows
-    return cast(list[NDArray[np.float32]], found)
+    found = [cast("Mapping[Output, Vector]", row)[output] for row in rows] if is_named else rows
+    return cast("list[NDArray[np.float32]]", found)
 
 
 def _sparse(row: Row, most: int | None) -> SparseVector:

@@ -72,7 +72,7 @@ class Request:
         """Wait for all items. Raises what failed the first of them."""
         ticket = self._ticket
         await ticket.future
-        return Outcome(cast(list[Row], ticket.rows), ticket.queue_seconds, ticket.inference_seconds)
+        return Outcome(cast("list[Row]", ticket.rows), ticket.queue_seconds, ticket.inference_seconds)
 
 
 class Engine:

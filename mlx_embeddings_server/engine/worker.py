@@ -324,7 +324,7 @@ def _fill(jobs: Sequence[Job], rows: Rows) -> set[Ticket]:
 def _are_finite(rows: Rows) -> Sequence[bool]:
     """Of each item."""
     if isinstance(rows, np.ndarray):
-        return cast(list[bool], np.isfinite(rows).all(axis=1).tolist())
+        return cast("list[bool]", np.isfinite(rows).all(axis=1).tolist())
     return list(map(_is_finite, rows))
 
 

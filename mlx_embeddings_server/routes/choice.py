@@ -11,7 +11,7 @@ from mlx_embeddings_server.errors import ApiError, InvalidRequest, quoted
 from mlx_embeddings_server.fallbacks import misfit
 from mlx_embeddings_server.inputs.parse import has_token_ids
 from mlx_embeddings_server.model import Model
-from mlx_embeddings_server.routes.requests import disconnects_of, runtime_of
+from mlx_embeddings_server.routes.requests import disconnects_of, header_of, runtime_of
 from mlx_embeddings_server.settings import DimensionsPolicy
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def asked_model(request: Request, name: str | None, provider: str | None = None,
     `or_first`: without a default the first of all. Raises `InvalidRequest`, `NotFound` or `PermissionDenied`.
     """
     models = runtime_of(request).models
-    provider = provider or _header(request, b"x-provider")
+    provider = provider or header_of(request, b"x-provider")
     if name is not None:
         return models.asked(name, provider)
     if provider is not None:
@@ -58,17 +58,9 @@ def asked_model(request: Request, name: str | None, provider: str | None = None,
     return model
 
 
-def _header(request: Request, name: bytes) -> str | None:
-    """As request.headers has it, without an exception raised and caught where it is not there, which is the rule."""
-    for key, value in request.scope["headers"]:
-        if key == name:
-            return cast(bytes, value).decode("latin-1")
-    return None
-
-
 def dimensions_policy_of(request: Request) -> DimensionsPolicy | None:
     """The request's own, if it has one."""
-    policy = _header(request, b"x-embeddings-dimensions-policy")
+    policy = header_of(request, b"x-embeddings-dimensions-policy")
     if policy is not None and policy not in get_args(DimensionsPolicy):
         known = ", ".join(get_args(DimensionsPolicy))
         message = f"the header {_POLICY_HEADER} is {quoted(policy)}, and must be one of {known}"

@@ -20,6 +20,7 @@ from mlx_embeddings_server.routes.choice import asked_model, dimensions_policy_o
 from mlx_embeddings_server.routes.replies import embedding_headers, joined, usage
 from mlx_embeddings_server.routes.requests import (
     KeyedRoute,
+    header_of,
     json_body_of,
     read_json,
     runtime_of,
@@ -68,7 +69,7 @@ async def answer(
     answered = await on_model(request, asked_model(request, body.model), embed, inputs=body.input)
     model, result = answered.model, answered.result
     headers = embedding_headers(result, runtime.service.policy(options)) | answered.headers
-    if request.headers.get("accept", "").startswith(_OCTET_STREAM):
+    if (header_of(request, b"accept") or "").startswith(_OCTET_STREAM):
         rows = quantize(_only_table(result).rows, body.output_dtype or "float")
         headers |= _describe_bytes(result, rows.shape[1], with_patches="patches" in (body.include or ()))
         return Response(rows.tobytes(), media_type=_OCTET_STREAM, headers=headers)

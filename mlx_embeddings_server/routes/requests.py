@@ -12,20 +12,28 @@ from pydantic import BaseModel, ValidationError
 from mlx_embeddings_backends.base import Truncate
 from mlx_embeddings_server.auth.caller import ANONYMOUS, Caller, check_admin
 from mlx_embeddings_server.errors import BodyTooLarge, InvalidRequest, NotJson, Unavailable, quoted
+from mlx_embeddings_server.request_record import current_record
 from mlx_embeddings_server.routes.disconnects import DisconnectWatcher
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.schemas.spellings import EXCLUSIVE
-from mlx_embeddings_server.spending import spending
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
 def runtime_of(request: Request) -> Runtime:
-    return cast(Runtime, request.app.state.runtime)
+    return cast("Runtime", request.app.state.runtime)
+
+
+def header_of(request: Request, name: bytes) -> str | None:
+    """As `request.headers` has it, at a tenth of the cost. `name` is in small letters."""
+    for key, value in request.scope["headers"]:
+        if key == name:
+            return cast("bytes", value).decode("latin-1")
+    return None
 
 
 def disconnects_of(request: Request) -> DisconnectWatcher:
-    return cast(DisconnectWatcher, request.app.state.disconnects)
+    return cast("DisconnectWatcher", request.app.state.disconnects)
 
 
 def json_body_of(schema: type[BaseModel]) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def caller_of(request: Request) -> Caller:
     """Whom the route has found to call: of a keyed route's requests alone."""
     if runtime_of(request).access is None:
         return ANONYMOUS
-    return cast(Caller, request.scope["caller"])
+    return cast("Caller", request.scope["caller"])
 
 
 async def identify(request: Request) -> Caller:
@@ -56,9 +64,9 @@ async def identify(request: Request) -> Caller:
     access = runtime_of(request).access
     if access is None:
         return ANONYMOUS
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    scheme, _, token = (header_of(request, b"authorization") or "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else None
-    caller = request.scope["caller"] = await access.identify(bearer, request.headers.get("x-api-key"))
+    caller = request.scope["caller"] = await access.identify(bearer, header_of(request, b"x-api-key"))
     return caller
 
 
@@ -86,7 +94,7 @@ class KeyedRoute(APIRoute):
                 await identify(request)
             if is_work and runtime.rate_limits is not None:
                 return await self._within_limits(request)
-            return cast(Response, await self.endpoint(request, **request.path_params))
+            return cast("Response", await self.endpoint(request, **request.path_params))
 
         return handle
 
@@ -95,11 +103,12 @@ class KeyedRoute(APIRoute):
         limits, name = runtime_of(request).rate_limits, _limited_name(request)
         assert limits is not None
         headers = await limits.admit(name)
-        with spending() as spent:
-            try:
-                response = cast(Response, await self.endpoint(request, **request.path_params))
-            finally:
-                headers |= await limits.charge(name, spent.tokens)
+        try:
+            response = cast("Response", await self.endpoint(request, **request.path_params))
+        finally:
+            record = current_record()
+            assert record is not None
+            headers |= await limits.charge(name, record.tokens or 0)
         response.headers.update(headers)
         return response
 
@@ -110,7 +119,7 @@ class AdminRoute(KeyedRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def handle(request: Request) -> Response:
             await admin_of(request)
-            return cast(Response, await self.endpoint(request, **request.path_params))
+            return cast("Response", await self.endpoint(request, **request.path_params))
 
         return handle
 
@@ -133,7 +142,7 @@ async def read_json(request: Request, schema: type[Body]) -> Body:
     runtime = runtime_of(request)
     if runtime.draining:
         raise Unavailable("the server is shutting down", code="shutting_down")
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    media_type = (header_of(request, b"content-type") or "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise NotJson(f"send JSON, with the header Content-Type: application/json (it was {quoted(media_type)})")
     body = await _read_body(request, runtime.settings.max_request_bytes)
@@ -144,7 +153,7 @@ async def read_json(request: Request, schema: type[Body]) -> Body:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    announced = request.headers.get("content-length", "")
+    announced = header_of(request, b"content-length") or ""
     if announced.isdecimal() and int(announced) > limit:
         raise _too_large(limit)
     body = bytearray()
