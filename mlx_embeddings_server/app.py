@@ -5,8 +5,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.params import Depends
 from fastapi.responses import JSONResponse
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -179,9 +181,19 @@ def create_app(settings: Settings, *, load: Load = detect.load, preloads: bool =
     app.add_exception_handler(ClientDisconnect, _answer_nobody)  # it left before its body was here
     # Looked through in this order: what is asked most comes first. The paths of tldw_admin's downloads come before
     # tldw's models, whose names may have any form.
-    for routes in (openai, embed, rerank, sparse, unified, tldw_admin, tldw, collection_routes, reembed, admin, health):
-        app.include_router(routes.router)
+    keyed = (openai, embed, rerank, sparse, unified, tldw_admin, tldw, collection_routes, reembed, admin)
+    for routes in keyed:
+        app.include_router(routes.router, dependencies=_shown_at_docs(access))
+    app.include_router(health.router)
     return app
+
+
+def _shown_at_docs(access: Access | None) -> list[Depends]:
+    """Where a key or token is typed in there. Keyed routes look at requests by themselves, and leave these aside."""
+    if access is None:
+        return []
+    bearer = Security(HTTPBearer(auto_error=False))
+    return [bearer, Security(APIKeyHeader(name="X-API-Key", auto_error=False))] if access.takes_api_key else [bearer]
 
 
 def _watch(runtime: Runtime) -> None:

@@ -117,6 +117,16 @@ def test_every_route_is_either_known_to_be_open_or_wants_the_key(server: Server)
     assert opened == {"/", "/health", "/livez", "/readyz"}
 
 
+def test_the_reference_tells_where_keys_go(server: Server) -> None:
+    told = server.client.get("/openapi.json").json()
+    schemes = told["components"]["securitySchemes"]
+
+    assert schemes["HTTPBearer"] == {"type": "http", "scheme": "bearer"}
+    assert schemes["APIKeyHeader"] == {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+    assert told["paths"]["/v1/embeddings"]["post"]["security"] == [{"HTTPBearer": []}, {"APIKeyHeader": []}]
+    assert "security" not in told["paths"]["/health"]["get"]
+
+
 def test_the_holder_of_the_one_key_is_an_admin(server: Server) -> None:
     reply = server.client.post("/v1/models/toy/load", headers=bearer(KEY))
 

@@ -21,6 +21,8 @@ ANONYMOUS = Caller("anonymous", is_admin=True)
 class Access(Protocol):
     """One way of telling callers apart."""
 
+    takes_api_key: bool  # and not `Authorization: Bearer` alone
+
     async def identify(self, bearer: str | None, api_key: str | None) -> Caller:
         """By the token of `Authorization: Bearer` and by `X-API-Key`. Raises `AuthenticationFailed`, `Unavailable`."""
 

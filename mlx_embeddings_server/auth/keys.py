@@ -17,6 +17,8 @@ _USER = Caller("user", is_admin=True)
 class KeyAccess:
     """Whoever has the key is the one user, and an admin."""
 
+    takes_api_key = True
+
     def __init__(self, key: str) -> None:
         self._digest = _digest(key)
 

@@ -90,6 +90,8 @@ class AdminClaim:
 class TokenAccess:
     """Each token's `sub` is a caller. Tokens that were verified once are known until they expire."""
 
+    takes_api_key = False
+
     def __init__(self, keys: Keys, *, audience: str | None, issuer: str | None, admin_claim: AdminClaim) -> None:
         self._keys = keys
         self._audience = audience
