@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from pydantic import ByteSize
 
 from mlx_embeddings_server import __version__, check
-from mlx_embeddings_server.settings import ENVIRONMENT_PREFIX, FILE_ONLY, Settings, SettingsError, load_settings
+from mlx_embeddings_server.setting_problems import ENVIRONMENT_PREFIX, FILE_ONLY
+from mlx_embeddings_server.settings import Settings, SettingsError, load_settings
 
 _CHECK = "check"
 _WORKER = "worker"

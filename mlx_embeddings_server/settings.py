@@ -1,12 +1,10 @@
 """One frozen Settings: flags over environment over the YAML file over defaults."""
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -18,6 +16,7 @@ from pydantic_settings import (
 from mlx_embeddings_server import yaml_file
 from mlx_embeddings_server.model_entry import ModelEntry, name_problems
 from mlx_embeddings_server.provider_entry import ProviderEntry, provider_problems
+from mlx_embeddings_server.setting_problems import ENVIRONMENT_PREFIX, FILE_ONLY, MAX_PROBLEMS, at, explain, names, told
 from mlx_embeddings_server.setting_types import (
     Adapters,
     CacheUrl,
@@ -32,9 +31,7 @@ from mlx_embeddings_server.setting_types import (
     RedisUrl,
     Size,
 )
-from mlx_embeddings_server.yaml_file import Location, Problem, YamlFile, dotted
-
-ENVIRONMENT_PREFIX = "MLX_EMBEDDINGS_"
+from mlx_embeddings_server.yaml_file import Problem, YamlFile
 
 DimensionsPolicy = Literal["reduce", "pad", "ignore"]
 # Variables of another name that stand for a setting, after its own: those that the tldw server reads.
@@ -43,23 +40,8 @@ FURTHER_VARIABLES = {
     "EMBEDDINGS_DIMENSION_POLICY": "dimensions_policy",
     "EMBEDDINGS_REEMBED_WORKER_ENABLED": "reembed_worker",
 }
-# They have neither a flag nor a variable.
-FILE_ONLY = frozenset({"models", "providers"})
 # Keys that begin so are the file's own, for anchors to stand at.
 _IGNORED = "x-"
-_MAX_PROBLEMS = 100
-
-# Of pydantic's messages, those that name Python's types.
-_IN_ENTRIES = {
-    "missing": "is missing: the hub id of the model, or the path of its folder",
-    "model_type": "must hold the model's settings, `name: ID_OR_PATH` at least",
-    "dict_type": "must be a mapping, one `name: value` a line",
-    "string_type": "must be text: put it in quotes",
-    "tuple_type": "must be a list",
-}
-_ENTRIES: dict[str, type[ModelEntry] | type[ProviderEntry]] = {"models": ModelEntry, "providers": ProviderEntry}
-# What people write who put a provider's key itself into the file.
-_SECRETS = frozenset(("api_key", "key", "token", "secret", "password"))
 
 
 class SettingsError(Exception):
@@ -316,18 +298,18 @@ def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
         given = flags.keys() | {name for name in values if os.environ.get(f"{ENVIRONMENT_PREFIX}{name.upper()}")}
         given |= further.keys()
         # One more than is told, which says that there are more: looking for what was meant takes a millisecond each.
-        shown = error.errors(include_url=False)[: _MAX_PROBLEMS + 1]
-        problems += [_explain(each, file, in_file=values.keys() - given) for each in shown]
+        shown = error.errors(include_url=False)[: MAX_PROBLEMS + 1]
+        problems += [explain(each, file, in_file=values.keys() - given, known=Settings.model_fields) for each in shown]
     has_others = any((flags.get("model"), values.get("model"), os.environ.get(f"{ENVIRONMENT_PREFIX}MODEL")))
     problems += [
-        _at(file, location, message)
+        at(file, location, message)
         for location, message in (
             *name_problems(values.get("models")),
             *provider_problems(values.get("models"), values.get("providers"), has_others=has_others),
         )
     ]
     if problems:
-        raise SettingsError(_told(file.path, problems))
+        raise SettingsError(told(file.path, problems))
     return settings
 
 
@@ -338,52 +320,8 @@ def _unread(file: YamlFile, values: Mapping[str, Any]) -> list[Problem]:
             instead = f"; ids are in {ENVIRONMENT_PREFIX}MODEL" if name == "models" else ""
             raise SettingsError(f"{variable}: only the file of --config has `{name}`{instead}")
     problems = [
-        each if each.line is not None else Problem(None, f"{_names('config')}: {each.message}")
-        for each in file.problems
+        each if each.line is not None else Problem(None, f"{names('config')}: {each.message}") for each in file.problems
     ]
     if not values.get("models", True):
-        problems.append(_at(file, ("models",), "names no model: write `NAME: {name: ID_OR_PATH}` below it, or drop it"))
+        problems.append(at(file, ("models",), "names no model: write `NAME: {name: ID_OR_PATH}` below it, or drop it"))
     return problems
-
-
-def _explain(error: ErrorDetails, file: YamlFile, in_file: Set[str]) -> Problem:
-    location, message = error["loc"], _worded(error)
-    name = str(location[0]) if location else "config"
-    if error["type"] == "extra_forbidden" or name in FILE_ONLY:
-        return _at(file, location, message)
-    return Problem(file.line((name,)) if name in in_file else None, f"{_names(name)}: {message}")
-
-
-def _at(file: YamlFile, location: Location, message: str) -> Problem:
-    return Problem(file.line(location), f"{dotted(location)}: {message}")
-
-
-def _worded(error: ErrorDetails) -> str:
-    """pydantic's message where it says what to do."""
-    location, kind = error["loc"], error["type"]
-    entry = _ENTRIES.get(str(location[0])) if location else None
-    if kind == "extra_forbidden":
-        if entry is ProviderEntry and str(location[-1]).replace("-", "_") in _SECRETS:
-            return "a key does not belong in this file: name the variable that has it in `api_key_env`, or a file"
-        known = Settings.model_fields if entry is None else entry.model_fields
-        near = difflib.get_close_matches(str(location[-1]).replace("-", "_"), known, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        return f"there is no such setting{meant}; known: {', '.join(known)}"
-    if entry is ProviderEntry and kind == "model_type":
-        return "must hold the provider's settings, such as `url: URL`; or {} where it needs none"
-    if entry is not None and (told := _IN_ENTRIES.get(kind)):
-        return told
-    return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
-
-
-def _told(path: str, problems: Sequence[Problem]) -> str:
-    """One a line, in the order of the file."""
-    lines = [
-        each.message if each.line is None else f"{path}, line {each.line}: {each.message}"
-        for each in sorted(problems, key=lambda each: each.line or 0)
-    ]
-    return "\n".join(lines if len(lines) <= _MAX_PROBLEMS else [*lines[:_MAX_PROBLEMS], "and more"])
-
-
-def _names(field: str) -> str:
-    return f"--{field.replace('_', '-')} (variable {ENVIRONMENT_PREFIX}{field.upper()}, YAML key {field})"

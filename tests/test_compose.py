@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mlx_embeddings_server.settings import ENVIRONMENT_PREFIX, Settings
+from mlx_embeddings_server.setting_problems import ENVIRONMENT_PREFIX
+from mlx_embeddings_server.settings import Settings
 from tests.test_containers import environment, last, stages
 
 ROOT = Path(__file__).parents[1]

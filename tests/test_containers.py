@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mlx_embeddings_server.settings import ENVIRONMENT_PREFIX, Settings
+from mlx_embeddings_server.setting_problems import ENVIRONMENT_PREFIX
+from mlx_embeddings_server.settings import Settings
 from tests.scripted import scripted_server
 from tests.server import Server
 

@@ -20,7 +20,8 @@ import pytest
 from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
-from mlx_embeddings_server.settings import FILE_ONLY, Settings, SettingsError, load_settings
+from mlx_embeddings_server.setting_problems import FILE_ONLY
+from mlx_embeddings_server.settings import Settings, SettingsError, load_settings
 from tests.server import MINILM, Server
 
 SCRIPT = Path(sys.executable).with_name("mlx-embeddings-server")
