@@ -99,12 +99,13 @@ class Models:
     def get(self, name: str, provider: str | None = None) -> Model:
         """By served name, alias or PROVIDER:MODEL; with a `provider`, of its models. Raises `NotFound`.
 
-        A name that is not served is looked for at the default model's provider, too.
+        What its provider elsewhere calls it will do, too, if no other model is called so. A name that nobody has is
+        looked for at the default model's provider.
         """
         try:
             return self._names.get(name, provider)
         except NotFound:
-            says_where = provider is not None or self._names.is_provider(name.partition(":")[0])
+            says_where = provider is not None or self._names.provider_of(name.partition(":")[0]) is not None
             if says_where or self._default is None or not self._default.spec.is_remote:
                 raise
             with suppress(NotFound):  # the first one says more
@@ -122,6 +123,11 @@ class Models:
         """That of --default-model."""
         return self._default
 
+    @property
+    def default_or_first(self) -> Model | None:
+        """Without --default-model the first that may be used; None, where the listed ones may not."""
+        return self._default or next(self.usable(), None)
+
     def _named_default(self, name: str | None) -> Model | None:
         """Raises `SettingsError`."""
         if name is None:
@@ -137,6 +143,10 @@ class Models:
     def provider_names(self) -> Sequence[str]:
         """`local`, and those of the file."""
         return self._names.providers
+
+    def provider_of(self, name: str) -> str | None:
+        """The provider that a request means by the name: `local`, its other name, or one of the file."""
+        return self._names.provider_of(name)
 
     def usable(self) -> Iterator[Model]:
         """Those of the listed ones that are allowed."""

@@ -46,21 +46,18 @@ class Names:
 
     def get(self, name: str, provider: str | None = None) -> Model:
         """Raises `NotFound` with what there is."""
+        if provider is None and (model := self.named(name)) is not None:
+            return model
+        prefix, _, rest = name.partition(":")
+        prefixed = self.provider_of(prefix) if rest else None
         if provider is None:
-            if (model := self.named(name)) is not None:
-                return model
-            prefix, _, rest = name.partition(":")
-            if not rest or not self.is_provider(prefix):
-                raise self._unknown(name)
-            provider, name = prefix, rest
-        elif not self.is_provider(provider):
-            known = ", ".join((LOCAL, *self._providers))
-            raise NotFound(
-                f"there is no provider {quoted(provider)} here; known: {known}",
-                param="x-provider",
-                code="provider_not_found",
-            )
-        name = name.removeprefix(f"{provider}:")
+            if prefixed is None:
+                return self._only_one_called(name)
+            provider, name = prefixed, rest
+        else:
+            provider = self._asked_provider(provider)
+            if provider == prefixed or {provider, prefixed} <= set(LOCAL_NAMES):
+                name = rest
         return self._listed_at(provider, name) or self._other_at(provider, name)
 
     @property
@@ -69,6 +66,13 @@ class Names:
 
     def is_provider(self, name: str) -> bool:
         return name in self._providers or name in LOCAL_NAMES
+
+    def provider_of(self, name: str) -> str | None:
+        """The one that a request means, who may write it in capitals."""
+        if self.is_provider(name):
+            return name
+        known = (*LOCAL_NAMES, *self._providers)
+        return next((each for each in known if each.lower() == name.lower()), None)
 
     def at(self, provider: str, name: str) -> Model | None:
         """That of the file or of the allowed ones; else of a provider elsewhere a new one, which no caller can name."""
@@ -94,9 +98,29 @@ class Names:
             name, ModelSpec(name, source, provider=provider), self._endpoints[provider], is_listed=is_listed
         )
 
+    def _asked_provider(self, name: str) -> str:
+        if (provider := self.provider_of(name)) is None:
+            known = ", ".join(self.providers)
+            raise NotFound(
+                f"there is no provider {quoted(name)} here; known: {known}",
+                param="x-provider",
+                code="provider_not_found",
+            )
+        return provider
+
+    def _only_one_called(self, name: str) -> Model:
+        """By what its provider elsewhere calls it, if no other model is called so: equal names may be two models.
+
+        What runs here has the name that it was given in the place of its own.
+        """
+        found = [model for model in self if model.spec.is_remote and model.spec.source == name]
+        if len(found) != 1:
+            raise self._unknown(name)
+        return found[0]
+
     def _listed_at(self, provider: str, name: str) -> Model | None:
         """By its name here, or by what its provider calls it."""
-        provider = LOCAL if provider in LOCAL_NAMES and provider not in self._providers else provider
+        provider = LOCAL if provider in LOCAL_NAMES else provider
         model = self.named(name)
         if model is not None and model.spec.provider == provider:
             return model

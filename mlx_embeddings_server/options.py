@@ -41,6 +41,7 @@ class EmbedOptions:
     outputs: tuple[Output, ...] | None = None
     max_active_dims: int | None = None  # of a sparse vector: its largest values
     dimensions_policy: DimensionsPolicy | None = None
+    is_cached: bool = True  # results are looked for in the cache, and kept there
 
     @property
     def role(self) -> Role | None:

@@ -244,6 +244,7 @@ class ServedModel:
 
     async def _find(self, progress: Progress) -> Found:
         self.found = await self._in_thread(partial(Found.of, self.spec, progress))
+        self._retry_at = 0.0  # whatever failed last, there is something to try now
         return self.found
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:

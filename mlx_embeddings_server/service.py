@@ -47,7 +47,9 @@ from mlx_embeddings_server.settings import DimensionsPolicy
 from mlx_embeddings_server.tracing import stages
 
 _UNIT_TOLERANCE = 1e-3  # of a vector's length: what half precision leaves of it
-_MOST_DIMENSIONS = 16_384  # that vectors are filled up to: what a caller asks for takes memory
+# What a caller asks for takes memory: that vectors are filled up to, and of all of a request's vectors together.
+_MOST_DIMENSIONS = 16_384
+_MOST_PADDED = 2048 * _MOST_DIMENSIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ class EmbeddingService:
             Item(each, prompt if isinstance(each, str) else "", options.role, adapter, named, options.max_active_dims)
             for each in places
         ]
-        vectors = await self.run(model, items, options.truncate, as_api_errors(field, place_of))
+        errors = as_api_errors(field, place_of)
+        vectors = await self.run(model, items, options.truncate, errors, is_cached=options.is_cached)
         accounts = [vectors.accounts[place] for place in place_of]
         prompt_tokens = sum(account.tokens for account in accounts)
         self.account(model, len(contents), prompt_tokens)
@@ -152,11 +155,13 @@ class EmbeddingService:
         items: Sequence[Item],
         truncate: Truncate | None,
         errors: AbstractContextManager[None],
+        *,
+        is_cached: bool = True,
     ) -> Vectors:
         """The model's raw rows, which are not to be changed. `errors` turns what goes wrong into `ApiError`s."""
         truncate = truncate or model.spec.truncate
         with errors:
-            if self.cache is None:
+            if self.cache is None or not is_cached:
                 return await self._compute(model, truncate, items)
             return await self.cache.embed(model, items, truncate, partial(self._compute, model, truncate))
 
@@ -225,6 +230,10 @@ class EmbeddingService:
         """Slice or pad to the asked dimensions, then normalise."""
         wanted, full = options.dimensions, rows
         if wanted is not None and self.policy(options) != "ignore":
+            if wanted > rows.shape[1] and len(rows) * wanted > _MOST_PADDED:
+                most = _MOST_PADDED // len(rows)
+                message = f"dimensions is {wanted}, the most that {len(rows)} vectors are filled up to is {most}"
+                raise invalid_value(message, "dimensions")
             rows = np.pad(rows[:, :wanted], ((0, 0), (0, max(0, wanted - rows.shape[1]))))
         if info.normalize if options.normalize is None else options.normalize:
             return normalized(rows)

@@ -105,14 +105,19 @@ def test_no_model_means_the_default_model(server: Server, up: Upstream, path: st
 
     assert (reply.status_code, reply.headers["x-embeddings-provider"]) == (200, "openai"), reply.text
     assert up.requests["openai"][-1]["model"] == "text-embedding-3-small"
+    assert reply.json()["model"].removeprefix("openai:") == "text-embedding-3-small"
     refused = embed(server, None, path, **{"x-provider": "openai"})
     assert refused.status_code == 400 and "model is missing" in refused.text
 
 
-def test_embed_takes_the_default_model_too(server: Server) -> None:
+def test_embed_and_what_admins_do_take_the_default_model_too(server: Server) -> None:
     reply = server.client.post("/embed", json={"inputs": "a"})
+    warmed = server.client.post("/api/v1/embeddings/models/warmup", json={})
+    download = server.client.post("/api/v1/embeddings/models/download", json={})
 
     assert (reply.status_code, reply.headers["x-embeddings-provider"]) == (200, "openai")
+    assert (warmed.json()["provider"], warmed.json()["model"]) == ("openai", "text-embedding-3-small")
+    assert (download.status_code, "at its provider 'openai'" in download.json()["detail"]) == (400, True)
 
 
 def test_lists_say_what_is_allowed(server: Server) -> None:

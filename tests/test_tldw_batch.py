@@ -128,3 +128,16 @@ def test_a_cache_that_is_off_is_empty(server: Server) -> None:
     assert "--cache" in cleared.json()["message"]
     stats = server.client.get("/api/v1/embeddings/health").json()["cache_stats"]
     assert stats == {"enabled": False, "size": 0, "max_size": 0, "ttl_seconds": 0}
+
+
+def test_what_a_small_request_has_filled_up_is_bounded(server: Server) -> None:
+    reply = httpx.post(
+        f"{server.url}/api/v1/embeddings/batch",
+        json={"model": "toy", "texts": ["a"] * 2049, "dimensions": 16_384},
+        headers={"X-Embeddings-Dimensions-Policy": "pad"},
+        timeout=60,
+        trust_env=False,
+    )
+
+    message = "dimensions is 16384, the most that 2049 vectors are filled up to is 16376"
+    assert (reply.status_code, reply.json()) == (400, {"detail": message, "code": "invalid_value"})

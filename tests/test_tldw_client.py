@@ -110,14 +110,16 @@ def test_the_documented_curl_commands_work(server: Server, header: str, body: st
     assert reply["usage"]["prompt_tokens"] == reply["usage"]["total_tokens"] > 0
 
 
-def test_base64_has_the_same_vectors(server: Server) -> None:
-    plain = vectors(create(server, ["a", "b"], encoding_format="float", user="somebody"))
-    coded = vectors(create(server, ["a", "b"], encoding_format="base64"))
+@pytest.mark.parametrize("dimensions", [None, 12, 400])
+def test_base64_has_the_same_vectors(server: Server, dimensions: int | None) -> None:
+    plain = vectors(create(server, ["a", "b"], encoding_format="float", user="somebody", dimensions=dimensions))
+    coded = vectors(create(server, ["a", "b"], encoding_format="base64", dimensions=dimensions))
 
     assert_close([np.frombuffer(base64.b64decode(str(each)), dtype="<f4") for each in coded], plain)
+    assert np.shape(plain) == (2, dimensions or 384)
 
 
-@pytest.mark.parametrize(("policy", "length"), [(None, 400), ("pad", 400), ("ignore", 384)])
+@pytest.mark.parametrize(("policy", "length"), [(None, 400), ("", 400), ("pad", 400), ("ignore", 384)])
 def test_the_policy_of_dimensions_is_told_and_may_be_chosen(server: Server, policy: str | None, length: int) -> None:
     headers = {} if policy is None else {"X-Embeddings-Dimensions-Policy": policy}
     body = {"model": MODEL, "input": "a", "dimensions": 400}
@@ -127,6 +129,22 @@ def test_the_policy_of_dimensions_is_told_and_may_be_chosen(server: Server, poli
     assert reply.headers["x-embeddings-dimensions-policy"] == (policy or "pad")
     assert reply.headers["x-embeddings-provider"] == "local"
     assert "x-embeddings-fallback-from" not in reply.headers
+
+
+def test_the_one_keys_holder_is_an_admin(server: Server) -> None:
+    def said(method: str, path: str, body: object = None) -> Any:
+        reply = server.client.request(method, f"/api/v1/embeddings{path}", json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    warmed = said("POST", "/models/warmup", {"model": MODEL})
+    assert (warmed["warmed"], warmed["dimension"]) == (True, 384)
+    assert said("POST", "/models/download", {"model": MODEL})["downloaded"] is True
+    described = {"model": MODEL, "provider": "local", "dimension": 384, "max_tokens": 256, "allowed": True}
+    assert said("GET", f"/models/{MODEL}").items() >= described.items()
+    assert said("DELETE", "/cache")["entries_removed"] == 0
+    assert said("GET", "/circuit-breakers") == {}
+    assert said("GET", "/metrics")["active_requests"] == 0
 
 
 @pytest.mark.parametrize("route", ["", "/batch"])

@@ -111,6 +111,7 @@ def test_a_request_for_a_model_waits_for_the_download_that_runs(
 
 def test_a_download_that_failed_says_why_and_is_begun_again(server: Server, hub: Hub) -> None:
     hub.failing.add(LAST)
+    assert server.embed("a", "failing").status_code == 503
     assert start(server, "failing").status_code == 202
     until(has(server, "failing", status="failed"))
     said = download(server, "failing")
@@ -119,6 +120,8 @@ def test_a_download_that_failed_says_why_and_is_begun_again(server: Server, hub:
     hub.failing.clear()
     assert start(server, "failing").status_code == 202
     until(has(server, "failing", status="ok", percent=100.0))
+    # The pause after a load that failed is over once there is something else to load.
+    assert server.embed("a", "failing").status_code == 200
 
 
 @pytest.mark.parametrize(("name", "detail"), [("empty", "is no model that can be served"), ("away", "no model")])
@@ -141,10 +144,9 @@ def test_a_mirror_without_sizes_has_no_percent(server: Server, hub: Hub, held: t
 
 
 def test_a_model_elsewhere_is_not_downloaded(server: Server) -> None:
-    reply = start(server, "far")
-
-    assert reply.status_code == 400
-    assert reply.json()["detail"] == "the model 'far' runs at its provider 'api': there is nothing to download"
+    for reply in (start(server, "far"), server.client.get("/api/v1/embeddings/models/download/far")):
+        assert (reply.status_code, reply.json()["code"]) == (400, "invalid_value")
+        assert reply.json()["detail"] == "the model 'far' runs at its provider 'api': there is nothing to download"
     assert start(server, "nobody/knows").status_code == 404
 
 

@@ -46,13 +46,13 @@ def asked_model(request: Request, name: str | None, provider: str | None = None,
     `or_first`: without a default the first of all. Raises `InvalidRequest`, `NotFound` or `PermissionDenied`.
     """
     models = runtime_of(request).models
-    provider = provider or header_of(request, b"x-provider")
+    provider = provider or header_of(request, b"x-provider") or None
     if name is not None:
         return models.asked(name, provider)
     if provider is not None:
         message = "a provider says where, and model is missing, which says what"
         raise InvalidRequest(message, param="model", code=_MISSING)
-    model = models.default or (next(models.usable(), None) if or_first else None)
+    model = models.default_or_first if or_first else models.default
     if model is None:
         raise InvalidRequest("model is missing", param="model", code=_MISSING)
     return model
@@ -60,7 +60,7 @@ def asked_model(request: Request, name: str | None, provider: str | None = None,
 
 def dimensions_policy_of(request: Request) -> DimensionsPolicy | None:
     """The request's own, if it has one."""
-    policy = header_of(request, b"x-embeddings-dimensions-policy")
+    policy = header_of(request, b"x-embeddings-dimensions-policy") or None
     if policy is not None and policy not in get_args(DimensionsPolicy):
         known = ", ".join(get_args(DimensionsPolicy))
         message = f"the header {_POLICY_HEADER} is {quoted(policy)}, and must be one of {known}"

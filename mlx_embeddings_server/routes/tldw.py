@@ -10,7 +10,6 @@ from mlx_embeddings_server.errors import InvalidInput
 from mlx_embeddings_server.fallbacks import dimensions_of
 from mlx_embeddings_server.inputs.parse import parse_input
 from mlx_embeddings_server.model import Model
-from mlx_embeddings_server.models import Models
 from mlx_embeddings_server.options import EmbedOptions
 from mlx_embeddings_server.routes.choice import asked_model, dimensions_policy_of, on_model
 from mlx_embeddings_server.routes.health import circuit_state
@@ -40,7 +39,7 @@ async def batch(request: Request) -> Response:
         options = EmbedOptions(dimensions=body.dimensions, dimensions_policy=policy)
         return await runtime.service.embed(model, contents, options, field="texts")
 
-    asked = asked_model(request, body.model, body.provider)
+    asked = asked_model(request, body.model, body.provider, or_first=True)
     answered = await on_model(request, asked, embed, inputs=body.texts)
     result = answered.result
     after = {"model": id_of(answered.model), "provider": result.provider, "count": len(contents)}
@@ -54,7 +53,7 @@ async def batch(request: Request) -> Response:
 async def list_models(request: Request) -> Response:
     """All that is served, allowed or not."""
     models = runtime_of(request).models
-    default = default_of(models)
+    default = models.default_or_first
     data = [
         {
             "provider": model.spec.provider,
@@ -72,7 +71,7 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request, name: str) -> Response:
     """One model, allowed or not. What is not known before its first load is null until then."""
     models = runtime_of(request).models
-    model = models.get(name)
+    model = models.get(name, request.query_params.get("provider") or None)
     info = model.known_info
     described: dict[str, Any] = {
         "model": id_of(model),
@@ -91,7 +90,7 @@ async def get_model(request: Request, name: str) -> Response:
 async def providers_config(request: Request) -> Response:
     """The default, and the providers with their models, as far as they may be used."""
     models = runtime_of(request).models
-    default = default_of(models)
+    default = models.default_or_first
     usable = list(models.usable())
     return json_reply(
         {
@@ -125,11 +124,6 @@ async def health(request: Request) -> Response:
 def id_of(model: Model) -> str:
     """Its name beside its provider's: without that."""
     return model.name.removeprefix(f"{model.spec.provider}:")
-
-
-def default_of(models: Models) -> Model | None:
-    """That of --default-model, else the one that /embed takes."""
-    return models.default or next(models.usable(), None)
 
 
 def cache_stats(runtime: Runtime) -> dict[str, Any]:

@@ -7,8 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from mlx_embeddings_backends.base import Item, Pair
+from mlx_embeddings_server.downloads import Download
 from mlx_embeddings_server.errors import InvalidRequest, NotFound, quoted
 from mlx_embeddings_server.failures import as_api_errors
+from mlx_embeddings_server.found import Found
 from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.routes.choice import asked_model
 from mlx_embeddings_server.routes.replies import json_reply
@@ -92,28 +94,35 @@ async def download(request: Request) -> Response:
     """Begin to fetch the model's files, unless they are here; answers at once with how far it is."""
     body = await read_json(request, ModelRequest)
     model = asked_model(request, body.model, body.provider)
-    if model.download is None:
-        raise InvalidRequest(
-            f"the model {model.name!r} runs at its provider {model.spec.provider!r}: there is nothing to download",
-            param="model",
-        )
+    begun = _download_of(model)
     if model.found is None:
-        model.download.start()
-    described = _download(model)
+        begun.start()
+    described = _how_far(model)
     return json_reply(described, status=200 if described["downloaded"] else 202)
 
 
 @router.get("/models/download/{name:path}")
 async def get_download(request: Request, name: str) -> Response:
     """How far the download is that was begun, or that a request for the model has caused."""
-    return json_reply(_download(runtime_of(request).models.get(name)))
+    return json_reply(_how_far(runtime_of(request).models.get(name)))
 
 
-def _download(model: Model) -> dict[str, Any]:
-    """`percent` is null while it is not known how much there is to fetch."""
-    download = model.download
-    if download is None or model.found is not None:
-        return {"status": "ok", **_named(model), "downloaded": model.found is not None, "percent": 100.0}
+def _download_of(model: Model) -> Download[Found]:
+    """Raises `InvalidRequest`, where it runs elsewhere."""
+    if model.download is None:
+        raise InvalidRequest(
+            f"the model {model.name!r} runs at its provider {model.spec.provider!r}: there is nothing to download",
+            param="model",
+            code="invalid_value",
+        )
+    return model.download
+
+
+def _how_far(model: Model) -> dict[str, Any]:
+    """`percent` is null while it is not known how much there is to fetch. Raises `InvalidRequest`."""
+    download = _download_of(model)
+    if model.found is not None:
+        return {"status": "ok", **_named(model), "downloaded": True, "percent": 100.0}
     described = {"status": download.state, **_named(model), "downloaded": False, "percent": download.percent}
     return described if download.reason is None else described | {"detail": download.reason}
 

@@ -11,7 +11,7 @@ from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.provider_entry import LOCAL_NAMES
 from mlx_embeddings_server.providers import LOCAL
 from mlx_embeddings_server.routes import openai, rerank, sparse
-from mlx_embeddings_server.routes.requests import KeyedRoute, json_body_of, read_json, runtime_of
+from mlx_embeddings_server.routes.requests import KeyedRoute, header_of, json_body_of, read_json, runtime_of
 from mlx_embeddings_server.routes.tldw import id_of
 from mlx_embeddings_server.schemas.unified import (
     UnifiedEmbeddingsRequest,
@@ -38,13 +38,14 @@ async def embeddings(request: Request) -> Response:
 
 
 def _answering(request: Request, asked: str | None, model: Model) -> str:
-    """As the tldw server tells it to who names a provider: `provider:model`, but for OpenAI's own."""
-    models, own = runtime_of(request).models, model.spec.provider
-    named = request.headers.get("x-provider") or (asked or "").partition(":")[0]
-    if named not in (*models.provider_names, *LOCAL_NAMES):
-        return model.name
+    """As the tldw server tells it: OpenAI's ids stand alone, others' behind the provider, if the request names one."""
+    own = model.spec.provider
     if own == "openai":
         return id_of(model)
+    said = header_of(request, b"x-provider") or (asked or "").partition(":")[0]
+    named = runtime_of(request).models.provider_of(said)
+    if named is None:
+        return model.name
     # This process has several names: that which the client knows.
     provider = named if own == LOCAL and named in LOCAL_NAMES else own
     return f"{provider}:{id_of(model)}"

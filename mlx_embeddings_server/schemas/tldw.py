@@ -27,5 +27,5 @@ class ModelRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    model: str = Field(description="A served id, an alias or PROVIDER:MODEL.")
+    model: str | None = Field(None, description="A served id, an alias or PROVIDER:MODEL. Default: the default model.")
     provider: str | None = Field(None, description="Whose model is meant: `local`, or one of the server's file.")
