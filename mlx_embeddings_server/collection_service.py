@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,18 +17,20 @@ from numpy.typing import NDArray
 from mlx_embeddings_backends.base import Role, Truncate
 from mlx_embeddings_server.auth.caller import Access, Caller
 from mlx_embeddings_server.auth.keys import KeyAccess
-from mlx_embeddings_server.errors import NotFound
+from mlx_embeddings_server.errors import ApiError, InvalidRequest, NotFound
 from mlx_embeddings_server.inputs.parse import parse_input
 from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.models import Models
-from mlx_embeddings_server.options import EmbedOptions, outputs_of
+from mlx_embeddings_server.options import EmbedOptions, outputs_of, prompt_of
 from mlx_embeddings_server.service import Embeddings, EmbeddingService
 from mlx_embeddings_server.settings import Settings, SettingsError
 from mlx_embeddings_server.stores.base import (
+    WHOLE,
     Collection,
     Document,
     EmbeddedDocument,
     EmbeddingFacts,
+    Excerpt,
     Hit,
     InvalidValue,
     Metadata,
@@ -90,18 +93,18 @@ class CollectionService:
             if model.files is not None and (revision is None or checkpoint.base or checkpoint.adapters):
                 revision = f"sha256-{model.files.hex()[:40]}"
         source, dimension = _source_of(model), model.info.dimensions
-        return EmbeddingFacts(model.name, model.spec.provider, source, revision, output, dimension)
+        prompt = prompt_of(model.info, EmbedOptions(input_type="document"))  # with which no commit and no hash changes
+        return EmbeddingFacts(model.name, model.spec.provider, source, revision, output, dimension, prompt)
 
-    def model_of(self, collection: Collection) -> Model:
-        """That which made its vectors, as far as names tell; else that which has its name now. Raises `Mismatch`,
-        `PermissionDenied`.
+    def _candidates(self, collection: Collection) -> list[Model]:
+        """Those that may have made its vectors, as far as names tell, that of its own name first; else that which has
+        its name now. Raises `Mismatch`, `PermissionDenied`.
         """
         facts = collection.facts
         alike = [each for each in self._models if each.spec.provider == facts.provider and _may_be(each, facts.source)]
         try:
-            model = self._models.get(facts.model)
-            if model not in alike and alike:  # it has another name now
-                model = alike[0]
+            named = self._models.get(facts.model)
+            alike = sorted(alike, key=lambda each: each is not named) or [named]
         except NotFound as error:
             if not alike:
                 raise Mismatch(
@@ -109,9 +112,11 @@ class CollectionService:
                     "more: serve it again, or use another collection",
                     code="collection_model_not_served",
                 ) from error
-            model = alike[0]
-        self._models.allow_list.check(model)
-        return model
+        allow_list = self._models.allow_list
+        allowed = [each for each in alike if allow_list.allows(each)]
+        if not allowed:
+            allow_list.check(alike[0])
+        return allowed
 
     # What callers do
 
@@ -144,7 +149,8 @@ class CollectionService:
             await self.store.upsert(owner, name, facts, joined(documents, result))
 
         inputs = [_input(each) for each in documents]
-        return await self._with_vectors(owner, name, asked, "documents", inputs, "document", truncate, store)
+        embed = partial(self.embed, value=inputs, role="document", field="documents", truncate=truncate)
+        return await self._with_vectors(owner, name, asked, embed, store)
 
     async def query(
         self,
@@ -154,6 +160,7 @@ class CollectionService:
         *,
         n_results: int,
         where: object = None,
+        excerpt: Excerpt = WHOLE,
         asked: Model | None = None,
         truncate: Truncate | None = None,
     ) -> Done[list[Hit]]:
@@ -163,24 +170,36 @@ class CollectionService:
 
         async def search(facts: EmbeddingFacts, result: Embeddings) -> list[Hit]:
             [vectors] = vectors_of(result)
-            return await self.store.query(owner, name, facts, vectors, n_results=n_results, where=where)
+            return await self.store.query(
+                owner, name, facts, vectors, n_results=n_results, where=where, excerpt=excerpt
+            )
 
-        return await self._with_vectors(owner, name, asked, "query", query, "query", truncate, search)
+        embed = partial(self.embed, value=query, role="query", field="query", truncate=truncate)
+        return await self._with_vectors(owner, name, asked, embed, search)
 
     async def embed(
-        self, model: Model, value: Any, role: Role, *, field: str, truncate: Truncate | None = None
+        self,
+        model: Model,
+        value: Any,
+        role: Role,
+        *,
+        field: str,
+        truncate: Truncate | None = None,
+        is_cached: bool = True,
     ) -> Embeddings:
         """While the model is in use. `value` is what a request has: an item, or a list of them."""
         contents = parse_input(value, modalities=model.info.modalities, max_inputs=max(1, len(value)), field=field)
-        options = EmbedOptions(input_type=role, truncate=truncate)
+        options = EmbedOptions(input_type=role, truncate=truncate, is_cached=is_cached)
         return await self._service.embed(model, contents, options, field=field)
 
     async def embedded(
         self, model: Model, documents: Sequence[Document], *, truncate: Truncate | None = None
     ) -> list[EmbeddedDocument]:
-        """Documents as they are stored, in one go. While the model is in use."""
+        """Documents as they are stored, in one go, without the cache: they would push out what callers ask for. While
+        the model is in use.
+        """
         inputs = [_input(each) for each in documents]
-        result = await self.embed(model, inputs, "document", field="documents", truncate=truncate)
+        result = await self.embed(model, inputs, "document", field="documents", truncate=truncate, is_cached=False)
         return joined(documents, result)
 
     async def _with_vectors(
@@ -188,24 +207,13 @@ class CollectionService:
         owner: str,
         name: str,
         asked: Model | None,
-        field: str,
-        value: Any,
-        role: Role,
-        truncate: Truncate | None,
+        embed: Callable[[Model], Awaitable[Embeddings]],
         use: Callable[[EmbeddingFacts, Embeddings], Awaitable[Result]],
     ) -> Done[Result]:
         """`use` of the vectors; again, where a re-embedding gave the collection another model meanwhile."""
         found = await self.store.get(owner, name)
         while True:
-            model = self.model_of(found)
-            if asked is not None and asked is not model:
-                raise Mismatch(
-                    f"the collection {name!r} holds vectors of {model.name}, not of {asked.name}", param="model"
-                )
-            async with model:
-                facts = self.facts_of(model)
-                check_facts(found.facts, facts, name)
-                result = await self.embed(model, value, role, field=field, truncate=truncate)
+            model, facts, result = await self._by_its_model(found, asked, embed)
             try:
                 return Done(await use(facts, result), model, result)
             except Mismatch:
@@ -213,6 +221,30 @@ class CollectionService:
                 if switched.current.number == found.current.number:
                     raise
                 found = switched
+
+    async def _by_its_model(
+        self, collection: Collection, asked: Model | None, embed: Callable[[Model], Awaitable[Embeddings]]
+    ) -> tuple[Model, EmbeddingFacts, Embeddings]:
+        """Raises `Mismatch` (or `InvalidRequest`) where no model that is served made the collection's vectors."""
+        models = self._candidates(collection)
+        if asked is not None:
+            if asked not in models:
+                raise Mismatch(
+                    f"the collection {collection.name!r} holds vectors of {models[0].name}, not of {asked.name}",
+                    param="model",
+                )
+            models = [asked]
+        refusals: list[ApiError] = []
+        for model in models:
+            async with model:
+                try:
+                    facts = self.facts_of(model)
+                    check_facts(collection.facts, facts, collection.name)
+                except (InvalidRequest, Mismatch) as error:
+                    refusals.append(error)
+                    continue
+                return model, facts, await embed(model)
+        raise refusals[0]  # that of its own name
 
     # The store's life
 
@@ -228,6 +260,8 @@ class CollectionService:
                 self._seen(is_available=True)
             except StoreError as error:
                 self._seen(is_available=False, why=error.message)
+            except Exception:  # whatever it was, it is looked again
+                log.exception("looking whether the collections' store answers failed")
             await asyncio.sleep(_CHECK_INTERVAL)
 
     def _seen(self, *, is_available: bool, why: str = "") -> None:

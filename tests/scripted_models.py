@@ -37,7 +37,7 @@ def loads(folder: Path, name: str) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def models_server(folder: Path, models: Mapping[str, Mapping[str, Any]], **settings: Any) -> Server:
+def models_file(folder: Path, models: Mapping[str, Mapping[str, Any]], **settings: Any) -> Path:
     """`models` has each one's entry in the file; `script` in it goes to its folder. `folder` is an empty one."""
     entries = {}
     for name, given in models.items():
@@ -48,7 +48,11 @@ def models_server(folder: Path, models: Mapping[str, Mapping[str, Any]], **setti
         entries[name] = {"name": str(own)} | {key: value for key, value in given.items() if key != "script"}
     file = folder / "models.yaml"
     file.write_text(json.dumps({"models": entries, **settings}))  # JSON is YAML
-    return Server("--config", str(file), command=("-m", "tests.scripted_models"))
+    return file
+
+
+def models_server(folder: Path, models: Mapping[str, Mapping[str, Any]], **settings: Any) -> Server:
+    return Server("--config", str(models_file(folder, models, **settings)), command=("-m", "tests.scripted_models"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tests.server import Server
 from tests.stores import ChromaServer
 
 PLACES = ("/api/v1/embeddings/collections", "/v1/collections")
+_MOST = 1_100_000  # bytes of a request, and of the documents in a reply
 FACTS = {"provider": "local", "embedding_model": "toy", "embedding_dimension": DIMENSIONS}
 
 
@@ -26,7 +27,12 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         target = request.param
         if target == "chroma-server":
             target = stack.enter_context(ChromaServer(folder / "chroma")).url
-        settings = {"collections": target, "collections_path": folder / "kept", "max_request_inputs": 50}
+        settings = {
+            "collections": target,
+            "collections_path": folder / "kept",
+            "max_request_inputs": 50,
+            "max_request_bytes": _MOST,
+        }
         yield stack.enter_context(scripted_server(folder, default_model="toy", **settings))
 
 
@@ -189,10 +195,13 @@ BAD_DOCUMENTS = {
     "number": ([7], "documents[0] must be a text"),
     "unknown key": ([{"txt": "a"}], "documents[0] has the key 'txt'"),
     "number for an id": (["a", {"id": 7, "text": "a"}], "documents[1].id must be a string"),
-    "empty id": ([{"id": "", "text": "a"}], "ids[0] must have 1 to 512 bytes"),
-    "an id twice": ([{"id": "a", "text": "a"}, {"id": "a", "text": "b"}], "'a' is there twice"),
+    "empty id": ([{"id": "", "text": "a"}], "documents[0].id must have 1 to 512 bytes"),
+    "an id twice": (
+        [{"id": "a", "text": "a"}, {"id": "a", "text": "b"}],
+        "documents[1].id is 'a', which is there twice",
+    ),
     "nothing in it": (["a", {"id": "b"}], "documents[1] has neither text nor image"),
-    "empty text": ([{"text": ""}], "documents[0].text is an empty string"),
+    "empty text": ([{"text": ""}], "documents[0] has neither text nor image"),
     "image": ([{"image": "https://example.com/a.png"}], "documents[0] has an image"),
     "nested metadata": ([{"text": "a", "metadata": {"a": {"b": 1}}}], "must be a text, a number, true or false"),
     "metadata list": ([{"text": "a", "metadata": []}], "documents[0].metadata must be an object"),
@@ -285,6 +294,26 @@ def test_metadata_as_it_is_shown_can_be_sent_again(server: Server, collection: s
     [shown] = [each for each in good(server.client.get(place)) if each["name"] == name]
     made = good(server.client.post(place, json=shown | {"name": f"{name}-again", "embedding_model": "toy"}), 201)
     assert made == {"name": f"{name}-again", "metadata": FACTS}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_too_much_for_one_reply_is_refused_with_what_to_do(server: Server, place: str) -> None:
+    name = f"c-{uuid.uuid4()}"
+    good(server.client.post(place, json={"name": name}), 201)
+    for number in range(3):
+        put(server, f"{place}/{name}", [{"id": str(number), "text": "long " * 80_000, "metadata": {"n": number}}])
+    for reply in (
+        server.client.get(f"{place}/{name}/documents"),
+        server.client.get(f"{place}/{name}/documents", params={"ids": ["0", "1", "2"]}),
+        server.client.post(f"{place}/{name}/query", json={"query": "a"}),
+    ):
+        status, code, message = refusal(reply)
+        assert (status, code) == (400, "reply_too_large") and "ask for fewer at once" in message
+    assert len(ids_of(server, f"{place}/{name}", limit=2)) == len(ids_of(server, f"{place}/{name}", ids="1")) + 1 == 2
+    assert len(ids_of(server, f"{place}/{name}", include="metadata")) == 3
+    assert len(ask(server, f"{place}/{name}", "a", include=["metadata"])) == 3
+    too_large = server.client.post(f"{place}/{name}/documents", json={"documents": ["x" * _MOST]})
+    assert refusal(too_large)[:2] == (413, "request_too_large")
 
 
 @pytest.mark.parametrize("place", PLACES)

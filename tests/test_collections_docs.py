@@ -6,7 +6,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.server import MINILM, Server
+from mlx_embeddings_backends import detect
+from tests.server import MINILM
+from tests.threaded import ThreadedServer
 
 DOCS = Path(__file__).parents[1] / "docs" / "collections.md"
 
@@ -14,8 +16,12 @@ DOCS = Path(__file__).parents[1] / "docs" / "collections.md"
 def test_the_commands_of_the_documentation_do_what_it_says(tmp_path: Path) -> None:
     commands, *_ = re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert "http://localhost:8888/" in commands
-    with Server("--model", MINILM, "--collections", "chroma", "--collections-path", str(tmp_path)) as server:
-        script = commands.replace("http://localhost:8888", server.url).replace(
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        json.dumps({"model": [MINILM], "collections": "chroma", "collections_path": str(tmp_path / "kept")})
+    )
+    with ThreadedServer(file, detect.load) as server:
+        script = commands.replace("http://localhost:8888", str(server.client.base_url).rstrip("/")).replace(
             "curl ", "curl --noproxy '*' -sSf -w '\\n' "
         )
         ended = subprocess.run(["sh", "-e", "-c", script], capture_output=True, text=True, timeout=60)

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +13,15 @@ from typing import Any
 import httpx
 import pytest
 
+from mlx_embeddings_server.app import create_app
+from mlx_embeddings_server.settings import SettingsError, load_settings
 from tests.scripted import scripted_server
+from tests.scripted_models import load, models_file
 from tests.server import Server
 from tests.stores import ChromaServer
+from tests.threaded import ThreadedServer
 
 PLACES = ("/api/v1/embeddings/collections", "/v1/collections")
-SCRIPT = Path(__file__).parent / "scripted.py"
-
-
-def again(server: Server) -> Server:
-    """Another of the same settings."""
-    return Server(command=(str(SCRIPT),), environment=server.environment)
 
 
 def refusal(reply: httpx.Response) -> tuple[int, str, str]:
@@ -34,7 +31,19 @@ def refusal(reply: httpx.Response) -> tuple[int, str, str]:
     return reply.status_code, body["error"]["code"], body["error"]["message"]
 
 
-def test_where_they_are_off_it_is_told_how_to_turn_them_on(server: Server) -> None:
+def configured(folder: Path, **settings: Any) -> Path:
+    """The file for --config of a server of the one model `toy`."""
+    return models_file(folder, {"toy": {}}, **settings)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ThreadedServer]:
+    """Without collections."""
+    with ThreadedServer(configured(tmp_path), load) as server:
+        yield server
+
+
+def test_where_they_are_off_it_is_told_how_to_turn_them_on(server: ThreadedServer) -> None:
     for place in PLACES:
         for method, path, body in (
             ("GET", "", None),
@@ -66,40 +75,37 @@ def test_where_they_are_off_it_is_told_how_to_turn_them_on(server: Server) -> No
     ],
 )
 def test_wrong_settings_are_told_at_the_start(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
-    server = scripted_server(tmp_path, **settings)
-    ended = subprocess.run(
-        [sys.executable, "-m", "mlx_embeddings_server.main"],
-        env=server.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == 2 and told in ended.stderr, ended.stderr
-    assert "Traceback" not in ended.stderr and "secret" not in ended.stderr
+    with pytest.raises(SettingsError, match=told) as raised:
+        create_app(load_settings({"config": str(configured(tmp_path)), **settings}), load=load)
+    assert "secret" not in str(raised.value)
 
 
-def test_without_a_path_they_are_where_the_user_s_programs_keep_their_data(tmp_path: Path) -> None:
-    server = scripted_server(tmp_path, collections="qdrant")
-    with Server(command=(str(SCRIPT),), environment=server.environment | {"XDG_DATA_HOME": str(tmp_path / "data")}):
+def test_without_a_path_they_are_where_the_user_s_programs_keep_their_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    with ThreadedServer(configured(tmp_path, collections="qdrant"), load):
         kept = tmp_path / "data" / "mlx-embeddings-server" / "collections" / "qdrant"
         assert (kept / "catalog.sqlite3").is_file() and kept.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.parametrize("store", ["chroma", "qdrant"])
 def test_a_second_server_is_told_that_the_store_is_in_use(tmp_path: Path, store: str) -> None:
-    with scripted_server(tmp_path, collections=store, collections_path=tmp_path / "kept") as first:
+    file = configured(tmp_path, collections=store, collections_path=str(tmp_path / "kept"))
+    with ThreadedServer(file, load) as first:
         with pytest.raises(RuntimeError, match="did not start") as raised:
-            again(first).__enter__()
+            Server("--config", str(file), command=("-m", "tests.scripted_models")).__enter__()
         assert f"another process uses {tmp_path / 'kept' / store}" in str(raised.value)
         assert first.client.get(PLACES[1]).json() == []
-    with again(first) as second:  # once it has ended
+    with ThreadedServer(file, load) as second:  # once it has ended
         assert second.client.get(PLACES[1]).json() == []
 
 
 def test_servers_share_a_store_by_url(tmp_path: Path) -> None:
     with ChromaServer(tmp_path / "chroma") as chroma:
-        first = scripted_server(tmp_path, collections=chroma.url, collections_path=tmp_path / "kept")
-        with first, again(first) as second:
+        file = configured(tmp_path, collections=chroma.url, collections_path=str(tmp_path / "kept"))
+        other = Server("--config", str(file), command=("-m", "tests.scripted_models"))
+        with ThreadedServer(file, load) as first, other as second:
             clients = [first.client, second.client]
             body = {"name": "notes", "embedding_model": "toy"}
             with ThreadPoolExecutor(6) as pool:
@@ -123,11 +129,9 @@ def until(holds: Callable[[], bool], seconds: float = 40) -> None:
 
 def test_a_store_that_goes_away_in_the_middle_is_told_and_comes_back(tmp_path: Path) -> None:
     chroma = ChromaServer(tmp_path / "chroma")
-    settings: dict[str, Any] = {"collections": chroma.url, "collections_path": tmp_path / "kept"}
-    settings |= {"collections_timeout": 5}
-    with chroma:
-        pass  # it need not be there when the server starts
-    with scripted_server(tmp_path, **settings) as server, contextlib.ExitStack() as stack:
+    settings = {"collections": chroma.url, "collections_path": str(tmp_path / "kept"), "collections_timeout": 5}
+    # It need not be there when the server starts.
+    with ThreadedServer(configured(tmp_path, **settings), load) as server, contextlib.ExitStack() as stack:
         client = server.client
         notes = f"{PLACES[1]}/notes"
         for reply in (

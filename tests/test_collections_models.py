@@ -1,6 +1,7 @@
 """A collection and its model: what a restart, another name, other files or a fallback change."""
 
 import json
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +10,21 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.scripted_models import models_server
+from tests.scripted_models import load, models_file, models_server
 from tests.server import Server
+from tests.threaded import ThreadedServer
 from tests.upstream import always, good, providers_server, upstream
 
 PLACE = "/v1/collections"
 
 
-def start(folder: Path, models: Mapping[str, Any], store: str = "chroma", **settings: Any) -> Server:
-    return models_server(folder, models, collections=store, collections_path=str(folder / "kept"), **settings)
+AnyServer = Server | ThreadedServer
+
+
+def start(folder: Path, models: Mapping[str, Any]) -> ThreadedServer:
+    return ThreadedServer(
+        models_file(folder, models, collections="qdrant", collections_path=str(folder / "kept")), load
+    )
 
 
 def rewrite(folder: Path, models: Mapping[str, Any], **settings: Any) -> None:
@@ -27,16 +34,16 @@ def rewrite(folder: Path, models: Mapping[str, Any], **settings: Any) -> None:
     file.write_text(json.dumps(old | {"models": models} | settings))
 
 
-def make(server: Server, model: str) -> None:
+def make(server: AnyServer, model: str) -> None:
     reply = server.client.post(PLACE, json={"name": "notes", "embedding_model": model})
     assert reply.status_code == 201, reply.text
 
 
-def put(server: Server, *documents: object, **fields: Any) -> httpx.Response:
+def put(server: AnyServer, *documents: object, **fields: Any) -> httpx.Response:
     return server.client.post(f"{PLACE}/notes/documents", json={"documents": documents, **fields})
 
 
-def ask(server: Server, query: str = "a text", **fields: Any) -> httpx.Response:
+def ask(server: AnyServer, query: str = "a text", **fields: Any) -> httpx.Response:
     return server.client.post(f"{PLACE}/notes/query", json={"query": query, **fields})
 
 
@@ -44,13 +51,13 @@ def error(reply: httpx.Response) -> tuple[int, str]:
     return reply.status_code, reply.json()["error"]["code"]
 
 
-def count(server: Server) -> int:
+def count(server: AnyServer) -> int:
     return int(server.client.get(f"{PLACE}/notes/stats").json()["count"])
 
 
 @pytest.mark.parametrize("store", ["chroma", "qdrant"])
 def test_what_was_acknowledged_is_there_after_a_kill(tmp_path: Path, store: str) -> None:
-    server = start(tmp_path, {"a": {}}, store)
+    server = models_server(tmp_path, {"a": {}}, collections=store, collections_path=str(tmp_path / "kept"))
     with server:
         make(server, "a")
         assert put(server, *({"id": str(n), "text": f"text {n}"} for n in range(20))).is_success
@@ -95,6 +102,43 @@ def test_other_files_in_the_same_folder_are_another_model(tmp_path: Path) -> Non
         for reply in (put(server, "another"), ask(server)):
             assert error(reply) == (409, "collection_mismatch")
             assert "revision sha256-" in reply.json()["error"]["message"]
+
+
+def test_of_two_models_from_folders_of_one_name_the_one_that_made_the_vectors_is_taken(tmp_path: Path) -> None:
+    server = start(tmp_path, {"a": {}})
+    with server:
+        make(server, "a")
+        assert put(server, {"id": "1", "text": "a text"}).is_success
+    (tmp_path / "new").mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "new" / "a")
+    (tmp_path / "new" / "a" / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    rewrite(tmp_path, {"a": {"name": str(tmp_path / "new" / "a")}, "old": {"name": str(tmp_path / "a")}})
+    with server:
+        assert put(server, {"id": "2", "text": "another"}).json()["model"] == "old"
+        assert ask(server, model="old").json()["model"] == "old"
+        assert error(ask(server, model="a")) == (409, "collection_mismatch")
+    rewrite(tmp_path, {"a": {"name": str(tmp_path / "new" / "a")}, "b": {"name": str(tmp_path / "new" / "a")}})
+    with server:
+        reply = ask(server)
+        assert error(reply) == (409, "collection_mismatch")
+        assert "holds vectors of a (dense, dimension 8); these have revision" in reply.json()["error"]["message"]
+
+
+def test_another_prompt_for_documents_makes_other_vectors_and_one_for_queries_does_not(tmp_path: Path) -> None:
+    folder = {"name": str(tmp_path / "a")}
+    server = start(tmp_path, {"a": {}})
+    with server:
+        make(server, "a")
+        assert put(server, "a text").is_success
+    rewrite(tmp_path, {"a": folder | {"prompts": {"query": "query: "}}})
+    with server:
+        assert put(server, "another").is_success and ask(server).is_success
+    rewrite(tmp_path, {"a": folder | {"prompts": {"document": "passage: "}}})
+    with server:
+        for reply in (put(server, "a third"), ask(server)):
+            assert error(reply) == (409, "collection_mismatch")
+            assert "prompt 'passage: ' instead of ''" in reply.json()["error"]["message"]
+        assert count(server) == 2
 
 
 def test_a_folder_may_be_moved(tmp_path: Path) -> None:

@@ -121,6 +121,18 @@ def test_a_text_that_is_an_address_is_a_text_in_a_document(server: Server, site:
     assert server.client.delete(f"{PLACE}/documents", params={"ids": "address"}).json() == {"deleted": 1}
 
 
+def test_a_page_with_a_text_is_kept_with_the_vectors_that_the_two_have_together(server: Server) -> None:
+    both = {"image": data_uri("image_0"), "text": "What is on this page?"}
+    assert put(server, {"id": "both", **both}).is_success
+    [row] = server.client.post("/v1/embeddings", json={"model": "colqwen", "input": [both]}).json()["data"]
+    scores = {each["id"]: each["score"] for each in ask(server, TEXTS[0])}
+    wanted = max_sim(EXPECTED["query_0"], np.array(row["embedding"], np.float32))
+    assert scores["both"] == pytest.approx(wanted, rel=2e-4) and scores["both"] != pytest.approx(scores["image_0"])
+    reply = server.client.get(f"{PLACE}/documents", params={"ids": "both"})
+    assert reply.json()["documents"] == [{"id": "both", **both, "metadata": {}}]
+    assert server.client.delete(f"{PLACE}/documents", params={"ids": "both"}).json() == {"deleted": 1}
+
+
 @pytest.mark.parametrize(
     ("image", "told"),
     [

@@ -1,5 +1,6 @@
 """Whose collections are whose."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import httpx
 import pytest
 
 from tests.scripted import scripted_server
+from tests.scripted_models import load, models_file
 from tests.server import Server
 from tests.test_access_tokens import SECRET, claims, signed
+from tests.threaded import ThreadedServer
 
 PLACES = ("/api/v1/embeddings/collections", "/v1/collections")
 KEY = "a key of more than 16 characters".replace(" ", "-")
@@ -24,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class User:
-    def __init__(self, server: Server, name: str, **more: Any) -> None:
+    def __init__(self, server: Server | ThreadedServer, name: str, **more: Any) -> None:
         token = signed(claims(sub=name, **more))
         self._client = server.client
         self._headers = {"Authorization": f"Bearer {token}"}
@@ -51,7 +54,7 @@ def test_nobody_sees_or_touches_the_collections_of_another(
     assert alice("POST", place, body).status_code == 201
     assert alice("POST", f"{place}/{name}/documents", {"documents": [{"id": "secret", "text": "mine"}]}).is_success
     assert name not in stranger.names()
-    for method, path, json in (
+    for method, path, body_sent in (
         ("GET", "/stats", None),
         ("GET", "/documents", None),
         ("GET", "/documents?ids=secret", None),
@@ -60,7 +63,7 @@ def test_nobody_sees_or_touches_the_collections_of_another(
         ("POST", "/query", {"query": "mine"}),
         ("DELETE", "", None),
     ):
-        reply = stranger(method, f"{place}/{name}{path}", json)
+        reply = stranger(method, f"{place}/{name}{path}", body_sent)
         assert (reply.status_code, "collection_not_found" in reply.text) == (404, True), (path, reply.text)
     # The same name is free for him, and what he does with his own leaves hers as it is.
     assert stranger("POST", place, body).status_code == 201
@@ -69,6 +72,20 @@ def test_nobody_sees_or_touches_the_collections_of_another(
     assert found["text"] == "mine"
     assert stranger("DELETE", f"{place}/{name}").status_code == 204
     assert alice("GET", f"{place}/{name}/stats").json()["count"] == 1
+
+
+def test_documents_and_queries_count_for_their_caller_s_limits(tmp_path: Path) -> None:
+    settings = {"rate_limit_requests": 3, "rate_limit_tokens": 4, "jwt_secret": SECRET, "collections": "qdrant"}
+    file = models_file(tmp_path, {"toy": {}}, collections_path=str(tmp_path / "kept"), **settings)
+    with ThreadedServer(file, load) as server:
+        alice, bob = User(server, "alice"), User(server, "bob")
+        assert alice("POST", PLACES[0], {"name": "notes", "embedding_model": "toy"}).status_code == 201
+        reply = alice("POST", f"{PLACES[0]}/notes/documents", {"documents": ["one two", "three four"]})
+        assert reply.status_code == 200 and reply.headers["x-ratelimit-remaining-tokens"] == "0"
+        reply = alice("POST", f"{PLACES[1]}/notes/query", {"query": "one"})
+        assert reply.status_code == 429 and int(reply.headers["retry-after"]) > 0
+        assert alice("GET", f"{PLACES[0]}/notes/stats").json()["count"] == 2
+        assert bob("POST", PLACES[0], {"name": "notes", "embedding_model": "toy"}).status_code == 201
 
 
 def test_without_a_token_there_is_nothing(server: Server) -> None:
@@ -84,20 +101,21 @@ def test_without_a_token_there_is_nothing(server: Server) -> None:
 
 
 def test_a_key_that_is_set_later_keeps_what_was_there_and_tokens_lead_elsewhere(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"collections": "qdrant", "collections_path": tmp_path / "kept"}
-    body = {"name": "notes", "embedding_model": "toy"}
-    with scripted_server(tmp_path, **settings) as open_to_all:
+    file = models_file(tmp_path, {"toy": {}}, collections="qdrant", collections_path=str(tmp_path / "kept"))
+    with ThreadedServer(file, load) as open_to_all:
+        body = {"name": "notes", "embedding_model": "toy"}
         assert open_to_all.client.post(PLACES[1], json=body).status_code == 201
-        environment = open_to_all.environment
+    settings = json.loads(file.read_text())
     ways: dict[str, tuple[dict[str, str], list[dict[str, str]]]] = {
-        "key": ({"MLX_EMBEDDINGS_API_KEY": KEY}, [{"X-API-Key": KEY}, {"Authorization": f"Bearer {KEY}"}]),
+        "key": ({"api_key": KEY}, [{"X-API-Key": KEY}, {"Authorization": f"Bearer {KEY}"}]),
         "tokens": (
-            {"MLX_EMBEDDINGS_JWT_SECRET": SECRET},
+            {"jwt_secret": SECRET},
             [{"Authorization": f"Bearer {signed(claims(sub=name))}"} for name in ("anonymous", "user", "everybody")],
         ),
     }
     for way, (more, callers) in ways.items():
-        with Server(command=(str(Path(__file__).parent / "scripted.py"),), environment=environment | more) as server:
+        file.write_text(json.dumps(settings | more))
+        with ThreadedServer(file, load) as server:
             for headers in callers:
                 listed = server.client.get(PLACES[1], headers=headers).json()
                 assert [each["name"] for each in listed] == (["notes"] if way == "key" else [])

@@ -11,10 +11,13 @@ import pytest
 from numpy.testing import assert_allclose
 
 from mlx_embeddings_server.stores.base import (
+    PARTS,
     CollectionExists,
     CollectionNotFound,
     Document,
     EmbeddedDocument,
+    Excerpt,
+    InvalidValue,
     Mismatch,
     Scalar,
 )
@@ -107,7 +110,6 @@ def test_documents_come_back_as_they_were_stored(store: VectorStore, owner: str)
     }  # fmt: skip
     documents = [
         Document("plain", "A text.\nTwo lines.", None, metadata),
-        Document("empty text", "", None, {}),
         Document("URL", None, "https://example.com/a b.png?x=1", {"n": 1}),
         Document("data/URI ü\n", "a caption", "data:image/png;base64," + "A" * 300_000, {}),
         Document("a" * 512, "x" * 200_000, None, {}),
@@ -118,6 +120,10 @@ def test_documents_come_back_as_they_were_stored(store: VectorStore, owner: str)
     ids = [each.id for each in reversed(documents)]
     found = run(store.documents(owner, "kept", ids=[*ids[:2], "unknown", *ids[2:]]))
     assert found == documents[::-1]
+    some = run(store.documents(owner, "kept", ids=ids, excerpt=Excerpt(("text",))))
+    assert some == [Document(each.id, each.text) for each in documents[::-1]]
+    some = run(store.documents(owner, "kept", ids=ids, excerpt=Excerpt(("image", "metadata"))))
+    assert some == [Document(each.id, None, each.image, each.metadata) for each in documents[::-1]]
     kinds = {key: type(value) for key, value in found[-1].metadata.items()}
     assert kinds == {key: type(value) for key, value in metadata.items()}
 
@@ -149,6 +155,9 @@ def test_a_query_gives_the_nearest_with_their_cosines(store: VectorStore, owner:
     assert_allclose([hit.score for hit in hits], np.sort(cosines)[::-1][:10], atol=1e-5)
     assert_allclose([hit.distance or 0 for hit in hits], 1 - np.sort(cosines)[::-1][:10], atol=1e-5)
     assert len(run(store.query(owner, "many", MINI, query, n_results=1000))) == 60
+    (same,) = run(store.query(owner, "many", MINI, vectors[7], n_results=1, excerpt=Excerpt(())))
+    assert same.document == Document("id-7") and same.score == pytest.approx(1, abs=1e-6)
+    assert same.score <= 1 and same.distance is not None and same.distance >= 0  # whatever rounding says
 
 
 def test_an_empty_collection_has_no_hits(store: VectorStore, owner: str) -> None:
@@ -166,6 +175,27 @@ def test_pages_of_documents_have_each_of_them_once(store: VectorStore, owner: st
     assert {each.id for page in pages for each in page} == {f"id-{number}" for number in range(25)}
     odd = [run(store.documents(owner, "many", where={"odd": 1}, limit=7, offset=offset)) for offset in (0, 7)]
     assert sorted(each.id for page in odd for each in page) == sorted(f"id-{number}" for number in range(1, 25, 2))
+
+
+def test_documents_that_are_too_much_together_are_refused_and_one_alone_never_is(
+    store: VectorStore, owner: str
+) -> None:
+    run(store.create(owner, "long", MINI))
+    stored = [text(number, words="ü" * 500, metadata={"a" * 100: "b" * 100}) for number in range(40)]
+    run(store.upsert(owner, "long", MINI, stored))
+    for parts, size in ((PARTS, 1200), (("text",), 1000), (("metadata",), 200)):
+        enough, less = Excerpt(parts, 40 * size), Excerpt(parts, 40 * size - 1)
+        assert len(run(store.documents(owner, "long", excerpt=enough))) == 40
+        assert len(run(store.query(owner, "long", MINI, vector(1), n_results=40, excerpt=enough))) == 40
+        for work in (
+            store.documents(owner, "long", excerpt=less),
+            store.documents(owner, "long", ids=[f"id-{number}" for number in range(40)], excerpt=less),
+            store.query(owner, "long", MINI, vector(1), n_results=40, excerpt=less),
+        ):
+            with pytest.raises(InvalidValue, match=f"more than {40 * size - 1} bytes together.*include") as raised:
+                run(work)
+            assert raised.value.code == "reply_too_large"
+    assert len(run(store.documents(owner, "long", limit=1, excerpt=Excerpt(most_bytes=1)))) == 1
 
 
 def test_documents_are_deleted_by_id_or_by_filter(store: VectorStore, owner: str, notes: str) -> None:

@@ -108,6 +108,7 @@ def test_a_deletion_without_ids_and_filter_deletes_nothing(store: VectorStore, o
         ({"revision": "fff"}, "revision fff instead of abc123"),
         ({"provider": "openai"}, "provider openai instead of local"),
         ({"dimension": 4}, "dimension 4 instead of 8"),
+        ({"prompt": "passage: "}, "prompt 'passage: ' instead of ''"),
         ({"output": "multi_vector"}, "output multi_vector instead of dense"),
     ],
 )
@@ -146,10 +147,12 @@ def test_vectors_that_would_damage_the_index_are_refused_before_any_is_stored(
 @pytest.mark.parametrize(
     ("document", "told"),
     [
-        (Document("", "t"), r"ids\[0\] must have 1 to 512 bytes"),
-        (Document("ü" * 257, "t"), r"ids\[0\] must have 1 to 512 bytes"),
-        (Document("\ud800", "t"), "no valid Unicode"),
-        (Document("a"), "neither text nor image"),
+        (Document("", "t"), r"documents\[1\].id must have 1 to 512 bytes"),
+        (Document("ü" * 257, "t"), r"documents\[1\].id must have 1 to 512 bytes"),
+        (Document("\ud800", "t"), r"documents\[1\].id is no valid Unicode"),
+        (Document("id-7", "t"), r"documents\[1\].id is 'id-7', which is there twice"),
+        (Document("a"), r"documents\[1\] has neither text nor image"),
+        (Document("a", "", ""), r"documents\[1\] has neither text nor image"),
         (Document("a", "\ud800"), "no valid Unicode"),
         (Document("a", "x" * 25_200_000), "the most is 25165824"),
         (Document("a", "t", None, {"": 1}), "keys have 1 to 255 bytes"),
@@ -166,14 +169,19 @@ def test_documents_that_cannot_be_kept_are_refused(
     store: VectorStore, owner: str, notes: str, document: Document, told: str
 ) -> None:
     with pytest.raises(InvalidValue, match=told):
-        run(store.upsert(owner, notes, MINI, [EmbeddedDocument(document, vector(1))]))
+        run(store.upsert(owner, notes, MINI, [text(7), EmbeddedDocument(document, vector(1))]))
+    assert run(store.stats(owner, notes)).count == 3
 
 
 def test_an_id_that_is_there_twice_is_refused(store: VectorStore, owner: str, notes: str) -> None:
-    with pytest.raises(InvalidValue, match="'id-7' is there twice"):
-        run(store.upsert(owner, notes, MINI, [text(7), text(8), text(7)]))
-    with pytest.raises(InvalidValue, match="'id-7' is there twice"):
-        run(store.documents(owner, notes, ids=["id-7", "id-7"]))
+    for work in (
+        store.documents(owner, notes, ids=["id-1", "id-7", "id-7"]),
+        store.delete_documents(owner, notes, ids=["id-1", "id-7", "id-7"]),
+    ):
+        with pytest.raises(InvalidValue, match=r"ids\[2\] is 'id-7', which is there twice") as raised:
+            run(work)
+        assert raised.value.param == "ids"
+    assert run(store.stats(owner, notes)).count == 3
 
 
 @pytest.mark.parametrize("number", [0, -1, 1001])

@@ -4,7 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
-import sqlite3
+import socket
 import subprocess
 import sys
 import threading
@@ -16,24 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_embeddings_server.settings import SettingsError
 from mlx_embeddings_server.stores.base import CollectionExists, CollectionNotFound, StoreUnavailable
 from mlx_embeddings_server.stores.opening import open_store
 from mlx_embeddings_server.stores.store import VectorStore
 from tests.stores import MINI, NO_QDRANT, OTHER, QDRANT_SERVER, ChromaServer, run, run_script, text, vector
 
-OPENING = """
-import sys
-from pathlib import Path
-from mlx_embeddings_server.settings import SettingsError
-from mlx_embeddings_server.stores.opening import open_store
-
-try:
-    open_store(sys.argv[1], Path(sys.argv[2])).close()
-    print("opened")
-except SettingsError as error:
-    print(error)
-"""
 CREATING = """
 import asyncio, sys
 from pathlib import Path
@@ -61,7 +48,10 @@ import asyncio, sys
 from pathlib import Path
 from mlx_embeddings_server.stores.base import StoreError
 from mlx_embeddings_server.stores.opening import open_store
-from tests.stores import MINI, text
+from tests.stores import MINI, text, vector
+
+async def write(store, first):
+    await store.upsert("ada", "notes", MINI, [text(n, words="many words " * 3000) for n in range(first, first + 10)])
 
 async def fill():
     folder = Path(sys.argv[2])
@@ -72,11 +62,14 @@ async def fill():
     acknowledged = 0
     try:
         while True:
-            batch = [text(n, words="many words " * 3000) for n in range(acknowledged, acknowledged + 10)]
-            await store.upsert("ada", "notes", MINI, batch)
+            await write(store, acknowledged)
             acknowledged += 10
     except StoreError as error:
         print(type(error).__name__, error.status, error.message)
+    writing = asyncio.gather(*(write(store, acknowledged) for _ in range(6)), return_exceptions=True)
+    hits = [await store.query("ada", "notes", MINI, vector(n), n_results=1) for n in range(6)]
+    print([each.document.id for [each] in hits] == [f"id-{n}" for n in range(6)])
+    print({getattr(each, "status", 0) for each in await writing} <= {0, 507})
     ballast.unlink()
     ids = [f"id-{n}" for n in range(acknowledged)]
     for _ in range(2):
@@ -99,6 +92,7 @@ def web_server(body: bytes, status: int, kind: str) -> Iterator[str]:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("Retry-After", "1")
             self.end_headers()
             self.wfile.write(body)
 
@@ -110,9 +104,11 @@ def web_server(body: bytes, status: int, kind: str) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def refused(store: VectorStore, within: float) -> list[str]:
@@ -187,6 +183,8 @@ def test_a_collection_deleted_while_the_store_is_away_is_gone_and_its_vectors_ar
     [
         (200, "text/html", b"<h1>Welcome</h1>", "answers with status 200"),
         (502, "text/html", b"<h1>Bad gateway</h1>", "answers with status 502"),
+        (200, "application/json", b"{}", "is no Chroma"),
+        (200, "application/json", b"[]", "is no Chroma"),
         (404, "application/json", b'{"detail": "Not Found"}', "answers with status 404"),
         (301, "text/html", b"", "sends elsewhere"),
         (401, "application/json", b'{"error": "AuthError", "message": "no"}', "check collections_api_key"),
@@ -206,14 +204,44 @@ def test_what_is_no_chroma_is_told(tmp_path: Path, status: int, kind: str, body:
             run(store.create("ada", "notes", MINI))
 
 
-@pytest.mark.parametrize(("status", "told"), [(200, "Qdrant"), (502, "status 502"), (401, "check collections_api_key")])
-def test_what_is_no_qdrant_is_told(tmp_path: Path, status: int, told: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (200, b"<h1>Welcome</h1>", "is no Qdrant"),
+        (200, b"[]", "is no Qdrant"),
+        (200, b"{}", "is no Qdrant"),
+        (502, b"<h1>Bad gateway</h1>", "status 502"),
+        (401, b"", "check collections_api_key"),
+        (429, b"", "asked too often"),
+    ],
+)
+def test_what_is_no_qdrant_is_told(tmp_path: Path, status: int, body: bytes, told: str) -> None:
     with (
-        web_server(b"<h1>Welcome</h1>", status, "text/html") as url,
+        web_server(body, status, "application/json") as url,
         closing(open_store(f"qdrant+{url}", tmp_path, timeout=2)) as store,
-        pytest.raises(StoreUnavailable, match=told),
     ):
+        for work in (store.check(), store.create("ada", "notes", MINI), store.clean_up()):
+            with pytest.raises(StoreUnavailable, match=told):
+                run(work)
+
+
+def test_a_qdrant_server_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        closing(open_store(f"qdrant+http://127.0.0.1:{silent.getsockname()[1]}", tmp_path, timeout=1)) as store,
+        pytest.raises(StoreUnavailable, match="Qdrant does not answer in time"),
+    ):
+        run(store.check())
+
+
+@pytest.mark.parametrize("kind", ["chroma", "qdrant"])
+def test_a_collection_can_be_deleted_when_the_folder_is_gone(tmp_path: Path, kind: str) -> None:
+    with closing(open_store(kind, tmp_path)) as store:
         run(store.create("ada", "notes", MINI))
+        run(store.upsert("ada", "notes", MINI, [text(1)]))
+        shutil.rmtree(tmp_path / kind / "index")
+        run(store.delete("ada", "notes"))
+        assert run(store.all_of("ada")) == []
 
 
 def test_a_qdrant_server_that_does_not_answer_is_told(tmp_path: Path) -> None:
@@ -227,19 +255,6 @@ def test_a_qdrant_server_that_does_not_answer_is_told(tmp_path: Path) -> None:
 def test_a_qdrant_server_is_among_the_stores_of_the_other_tests(tmp_path: Path) -> None:
     with closing(open_store(os.environ[QDRANT_SERVER], tmp_path)) as store:
         run(store.check())
-
-
-@pytest.mark.parametrize("kind", ["chroma", "qdrant"])
-def test_a_second_process_is_told_that_the_folder_is_in_use(tmp_path: Path, kind: str) -> None:
-    with closing(open_store(kind, tmp_path)) as store:
-        said, errors = run_script(OPENING, kind, str(tmp_path)).communicate(timeout=60)
-        assert "another process uses" in said and "give its URL" in said, said + errors
-        with pytest.raises(SettingsError, match="another process uses"):
-            open_store(kind, tmp_path)
-        run(store.create("ada", "notes", MINI))
-        run(store.upsert("ada", "notes", MINI, [text(1)]))
-    said, errors = run_script(OPENING, kind, str(tmp_path)).communicate(timeout=60)
-    assert said == "opened\n", errors
 
 
 def test_of_creations_in_two_processes_at_once_exactly_one_wins_each(tmp_path: Path) -> None:
@@ -275,62 +290,10 @@ def test_a_full_disk_is_told_loses_nothing_and_is_no_more_when_there_is_room(tmp
     script.write_text(FILLING)
     command = f"mount -t tmpfs -o size=20m none {tmp_path} && {sys.executable} {script} {kind} {tmp_path}"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ended = subprocess.run([*mounting, command], capture_output=True, text=True, timeout=120, env=environment)
+    ended = subprocess.run([*mounting, command], capture_output=True, text=True, timeout=60, env=environment)
     lines = ended.stdout.splitlines()
     assert lines[0].startswith("StoreFull 507 the disk of the"), ended.stdout + ended.stderr
-    assert lines[1:] == ["True", "True"], ended.stdout + ended.stderr
-
-
-@pytest.mark.parametrize("kind", ["chroma", "qdrant"])
-def test_a_missing_package_is_named_with_what_to_type(tmp_path: Path, kind: str) -> None:
-    package = {"chroma": "chromadb", "qdrant": "qdrant_client"}[kind]
-    script = f"import sys; sys.modules[{package!r}] = None\n{OPENING}"
-    for target in (kind, f"{kind}+http://127.0.0.1:9"):
-        said, errors = run_script(script, target, str(tmp_path)).communicate(timeout=60)
-        assert f"uv sync --extra {kind}" in said and package in said, said + errors
-
-
-@pytest.mark.parametrize(
-    ("target", "told"),
-    [
-        ("", "known: chroma, qdrant"),
-        ("weaviate", "'weaviate' is no store"),
-        ("chroma:", "is no store"),
-        ("redis://localhost", "redis:// is no store"),
-        ("http://", "no valid host"),
-        ("http://localhost:port", "no valid host and port"),
-        ("http://ada:secret@localhost:8000", "give the key as collections_api_key"),
-        ("qdrant+https://localhost?api-key=secret", "must not have a query"),
-    ],
-)
-def test_settings_that_are_no_store_are_refused(tmp_path: Path, target: str, told: str) -> None:
-    with pytest.raises(SettingsError, match=told) as raised:
-        open_store(target, tmp_path)
-    assert "secret" not in str(raised.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_catalog_that_is_none_or_of_a_later_version_is_told(tmp_path: Path) -> None:
-    (tmp_path / "chroma").mkdir()
-    (tmp_path / "chroma" / "catalog.sqlite3").write_bytes(b"not a database" * 100)
-    with pytest.raises(SettingsError, match="catalog cannot be opened.*not a database"):
-        open_store("chroma", tmp_path)
-    (tmp_path / "qdrant").mkdir()
-    with closing(sqlite3.connect(tmp_path / "qdrant" / "catalog.sqlite3")) as database:
-        database.execute("PRAGMA user_version=99")
-    with pytest.raises(SettingsError, match="later version"):
-        open_store("qdrant", tmp_path)
-    (tmp_path / "broken" / "index").mkdir(parents=True)
-    (tmp_path / "broken" / "index" / "chroma.sqlite3").write_bytes(b"not a database" * 1000)
-    with pytest.raises(SettingsError, match="chroma cannot open .*not a database"):
-        open_store(f"chroma:{tmp_path / 'broken'}", tmp_path)
-    (tmp_path / "torn" / "index").mkdir(parents=True)
-    (tmp_path / "torn" / "index" / "meta.json").write_text('{"collections"')
-    with pytest.raises(SettingsError, match="qdrant cannot open"):
-        open_store(f"qdrant:{tmp_path / 'torn'}", tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="catalog cannot be opened"):
-        open_store(f"chroma:{tmp_path / 'file'}", tmp_path)
+    assert lines[1:] == ["True"] * 4, ended.stdout + ended.stderr
 
 
 def test_a_chroma_server_and_its_collections_belong_to_the_catalog_that_made_them(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def nested(levels: int) -> dict[str, Any]:
         ({"a": [1]}, "must be a text, a number"),
         ({"a": {}}, "where.a is empty"),
         ({"": 1}, "a key is empty"),
+        ({"chroma:document": "x"}, "begins with 'chroma:'"),
         ({"a": {"$gt": "x"}}, r"where.a.\$gt must be a number"),
         ({"a": {"$gt": True}}, "must be a number"),
         ({"a": {"$in": []}}, "one or more values"),

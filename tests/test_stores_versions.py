@@ -120,7 +120,7 @@ def test_nothing_acknowledged_is_lost_under_writes_during_a_re_embedding(store: 
     acknowledged: dict[str, str] = {}
 
     async def write() -> None:
-        for turn in range(200):
+        for turn in range(70):
             document = text(turn % 30, words=f"turn {turn}")
             try:
                 await store.upsert(owner, "notes", MINI, [document])

@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeVar, cast
 
 from fastapi import APIRouter, Request, Response
 
@@ -24,14 +24,12 @@ from mlx_embeddings_server.routes.requests import (
 from mlx_embeddings_server.schemas.collections import (
     CreateRequest,
     DeleteRequest,
-    Include,
     QueryRequest,
     UpsertRequest,
 )
-from mlx_embeddings_server.stores.base import Collection, Document
+from mlx_embeddings_server.stores.base import PARTS, Collection, Document, Excerpt, Part
 
-_ALL: Final[Sequence[Include]] = get_args(Include)
-_KEYS: Final = ("id", *_ALL)  # of a document
+_KEYS: Final = ("id", *PARTS)  # of a document
 _PAGE: Final = 100  # documents
 
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
@@ -78,7 +76,7 @@ _SELECTION: Final[_Described] = {
 _PAGING: Final[_Described] = {
     "limit": ({"type": "integer"}, f"Documents at most: 1 to 1000, {_PAGE} if left out."),
     "offset": ({"type": "integer"}, "So many are left out."),
-    "include": (_STRINGS, f"What of each document is in the reply: {', '.join(_ALL)}. Default: all."),
+    "include": (_STRINGS, f"What of each document is in the reply: {', '.join(PARTS)}. Default: all."),
 }
 
 
@@ -136,12 +134,14 @@ async def documents(request: Request, name: str) -> Response:
     """Those of `ids` that there are, in that order. Else a page of all, or of those that pass `where`."""
     collections, query = _collections(request), request.query_params
     ids, where = _selected(request)
-    include = query.getlist("include") or _ALL
-    for each in include:
-        if each not in _ALL:
-            raise InvalidRequest(f"include must be of {', '.join(_ALL)}", param="include", code="invalid_value")
+    include = cast("Sequence[Part]", query.getlist("include")) or PARTS
+    if not set(include) <= set(PARTS):
+        raise InvalidRequest(f"include must be of {', '.join(PARTS)}", param="include", code="invalid_value")
     limit, offset = _number(request, "limit", _PAGE), _number(request, "offset", 0)
-    found = await collections.store.documents(_owner(request), name, ids=ids, where=where, limit=limit, offset=offset)
+    excerpt = _excerpt(request, include)
+    found = await collections.store.documents(
+        _owner(request), name, ids=ids, where=where, limit=limit, offset=offset, excerpt=excerpt
+    )
     return json_reply({"documents": [_shown(each, include) for each in found]})
 
 
@@ -165,6 +165,7 @@ async def query(request: Request, name: str) -> Response:
     collections = _collections(request)
     if not isinstance(body.query, str | dict):
         raise InvalidInput("query", 'must be a text, or {"text": ...} or {"image": ...}', code="invalid_type")
+    include = PARTS if body.include is None else body.include
     done = await disconnects_of(request).until_gone(
         request,
         collections.query(
@@ -173,11 +174,11 @@ async def query(request: Request, name: str) -> Response:
             body.query,
             n_results=body.n_results,
             where=body.where,
+            excerpt=_excerpt(request, include),
             asked=_asked(request, body.model),
             truncate=truncate_of(body.truncate),
         ),
     )
-    include = _ALL if body.include is None else body.include
     results = [
         {"id": hit.document.id, "score": hit.score, "distance": hit.distance} | _shown(hit.document, include)
         for hit in done.result
@@ -203,6 +204,11 @@ def _owner(request: Request) -> str:
 
 def _asked(request: Request, name: str | None) -> Model | None:
     return None if name is None else asked_model(request, name)
+
+
+def _excerpt(request: Request, include: Sequence[Part]) -> Excerpt:
+    """A reply's documents have as many bytes as those of a request."""
+    return Excerpt(include, runtime_of(request).settings.max_request_bytes)
 
 
 def _check_count(field: str, items: Sequence[Any], request: Request) -> None:
@@ -259,7 +265,7 @@ def _number(request: Request, name: str, default: int) -> int:
     if text is None:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise InvalidRequest(f"{name} must be a number", param=name, code="invalid_value")
+        raise InvalidRequest(f"{name} must be a number of 9 digits at most", param=name, code="invalid_value")
     return int(text)
 
 

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-Include = Literal["text", "image", "metadata"]
+from mlx_embeddings_server.stores.base import Part
+
 Metadata = dict[str, Any]  # checked by the store, whose messages name the key
 
 _WHERE = 'A filter by metadata, such as {"year": {"$gte": 2020}}.'
@@ -78,6 +79,6 @@ class QueryRequest(BaseModel):
     query: Annotated[Any, Field(json_schema_extra=_QUERY_SCHEMA)]
     n_results: StrictInt = Field(10, description="1 to 1000.")
     where: Any = Field(None, description=_WHERE)
-    include: list[Include] | None = Field(None, description="What of each document is in the reply. Default: all.")
+    include: list[Part] | None = Field(None, description="What of each document is in the reply. Default: all.")
     model: str | None = Field(None, description=_MODEL)
     truncate: _Truncate = Field(None, description=_TRUNCATE)

@@ -1,15 +1,17 @@
 """The contract of the stores: what a collection is, what may go wrong, and what an index has to do."""
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Final, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_embeddings_backends.base import PatchGrid
-from mlx_embeddings_server.errors import ApiError
+from mlx_embeddings_server.errors import ApiError, quoted
 from mlx_embeddings_server.stores.filters import Where
 
 logger = logging.getLogger(__name__)
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 Scalar = str | int | float | bool
 Metadata = Mapping[str, Scalar]
 Kind = Literal["dense", "multi_vector"]
+Part = Literal["text", "image", "metadata"]  # of a document
+PARTS: Final[tuple[Part, ...]] = get_args(Part)
 
 
 class StoreError(ApiError):
@@ -82,6 +86,14 @@ def failed(what: str, error: Exception) -> StoreUnavailable:
     return StoreUnavailable(f"{what} failed: the server's log says how")
 
 
+def free_bytes(folder: Path) -> float:
+    """Of the disk; without end where it does not tell."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return float("inf")
+
+
 class IndexGone(Exception):
     """The index of that name is not in the store: its version was replaced, or the collection deleted."""
 
@@ -96,15 +108,18 @@ class EmbeddingFacts:
     revision: str | None
     output: Kind
     dimension: int
+    prompt: str = ""  # before each document's text
     distance: Literal["cosine"] = "cosine"
 
     def difference(self, other: "EmbeddingFacts") -> str | None:
         """What makes the other's vectors unlike these. None: nothing does; the model's served name does not count."""
-        names = ("source", "revision", "provider", "output", "dimension", "distance")
-        differing = [name for name in names if getattr(self, name) != getattr(other, name)]
-        return (
-            ", ".join(f"{name} {getattr(other, name)} instead of {getattr(self, name)}" for name in differing) or None
-        )
+        differing = []
+        for name in ("source", "revision", "provider", "output", "dimension", "distance", "prompt"):
+            own, others = getattr(self, name), getattr(other, name)
+            if own != others:
+                shown = quoted if name == "prompt" else str
+                differing.append(f"{name} {shown(others)} instead of {shown(own)}")
+        return ", ".join(differing) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +130,17 @@ class Document:
     text: str | None = None
     image: str | None = None
     metadata: Metadata = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """What is read of documents."""
+
+    parts: Sequence[Part] = PARTS
+    most_bytes: int | None = None  # of all of them together; one document alone may have more
+
+
+WHOLE: Final = Excerpt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,16 +222,16 @@ class Index(Protocol):
         """In an order of the database's own, which is the same from call to call."""
         ...
 
-    def fetch(self, index: str, ids: Sequence[str]) -> list[Document]:
-        """Those that there are, in the order of `ids`."""
+    def fetch(self, index: str, ids: Sequence[str], parts: Sequence[Part] = PARTS) -> list[Document]:
+        """Those that there are, in the order of `ids`, with nothing but the `parts`."""
         ...
 
     def delete(self, index: str, ids: Sequence[str]) -> None: ...
 
     def query(
         self, index: str, facts: EmbeddingFacts, vectors: NDArray[np.float32], limit: int, where: Where | None
-    ) -> list[Hit]:
-        """The best first."""
+    ) -> list[tuple[str, float]]:
+        """Ids and scores (as `Hit` has them), the best first."""
         ...
 
     def check(self) -> None:

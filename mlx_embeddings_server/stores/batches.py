@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from mlx_embeddings_server.stores.base import EmbeddedDocument
+from mlx_embeddings_server.stores.base import Document, EmbeddedDocument
 
 _ESCAPED = 2  # bytes of JSON for one of text: more only for control characters
 
@@ -24,9 +24,17 @@ def batches(
         yield batch
 
 
+def size_of(document: Document) -> int:
+    """Bytes of its contents."""
+    return _bytes_of_texts(document) + len(document.image or "")
+
+
 def _size(each: EmbeddedDocument, bytes_of_number: int) -> int:
-    document = each.document
     # Images are URLs or base64, which JSON leaves as they are.
-    texts = [document.text or "", *(value for value in document.metadata.values() if isinstance(value, str))]
-    written = _ESCAPED * sum(len(text.encode()) for text in texts) + len(document.image or "")
+    written = size_of(each.document) + (_ESCAPED - 1) * _bytes_of_texts(each.document)
     return written + each.vectors.size * bytes_of_number
+
+
+def _bytes_of_texts(document: Document) -> int:
+    texts = [document.text or "", *(str(part) for pair in document.metadata.items() for part in pair)]
+    return sum(len(text.encode()) for text in texts)

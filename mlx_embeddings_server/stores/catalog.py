@@ -14,7 +14,6 @@ Commits are on the disk when they return (synchronous=FULL), and a kill at any p
 
 import json
 import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_embeddings_server.errors import quoted
+from mlx_embeddings_server.sqlite_file import LaterVersion, SqliteFile, is_busy, is_full
 from mlx_embeddings_server.stores.base import (
     Collection,
     CollectionExists,
@@ -40,9 +40,9 @@ from mlx_embeddings_server.stores.base import (
 
 State = Literal["creating", "current", "filling", "dropping"]
 
-_SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE store (prefix TEXT NOT NULL);
+INSERT INTO store VALUES ('mlxes-' || lower(hex(randomblob(6))) || '-');
 CREATE TABLE collections (
     id INTEGER PRIMARY KEY AUTOINCREMENT, owner BLOB NOT NULL, name TEXT NOT NULL, metadata TEXT NOT NULL,
     created_at REAL NOT NULL, UNIQUE (owner, name)
@@ -77,65 +77,32 @@ class Catalog:
         """
         self.folder = path.parent
         self.is_exclusive = exclusive
-        self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._database = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, timeout=0.1 if exclusive else 10
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise CatalogBroken(f"{path}: {error}") from error
-        try:
-            self._open(exclusive)
+            self._file = SqliteFile(path, [_SCHEMA], exclusive=exclusive)
+            with self._file.transaction() as database:
+                (self.prefix,) = database.execute("SELECT prefix FROM store").fetchone()
         except sqlite3.Error as error:
-            self._database.close()
-            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
-                raise CatalogInUse(str(path)) from error
+            kind = CatalogInUse if is_busy(error) else CatalogBroken
+            raise kind(f"{path}: {error}") from error
+        except (OSError, LaterVersion) as error:
             raise CatalogBroken(f"{path}: {error}") from error
-        except CatalogBroken as error:
-            self._database.close()
-            raise CatalogBroken(f"{path}: {error}") from error
-
-    def _open(self, exclusive: bool) -> None:
-        execute = self._database.execute
-        if exclusive:
-            execute("PRAGMA locking_mode=EXCLUSIVE")
-        execute("PRAGMA journal_mode=WAL")
-        execute("PRAGMA synchronous=FULL")
-        execute("BEGIN IMMEDIATE")
-        (version,) = execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            for statement in _SCHEMA.split(";"):
-                execute(statement)
-            execute("INSERT INTO store VALUES (?)", (f"mlxes-{uuid.uuid4().hex[:12]}-",))
-            execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        execute("COMMIT")
-        if version > _SCHEMA_VERSION:
-            raise CatalogBroken("was written by a later version of mlx-embeddings-server")
-        (self.prefix,) = execute("SELECT prefix FROM store").fetchone()
 
     def close(self) -> None:
-        with self._lock:
-            self._database.close()
+        self._file.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, and on the disk afterwards."""
-        with self._lock:
-            try:
-                self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._database
-                    self._database.execute("COMMIT")
-                finally:
-                    if self._database.in_transaction:
-                        self._database.execute("ROLLBACK")
-            except sqlite3.IntegrityError:
-                raise
-            except sqlite3.Error as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-                    raise StoreFull("the disk of the collections' catalog is full: nothing was changed") from error
-                raise failed("the collections' catalog", error) from error
+        """All or nothing, and on the disk afterwards. Raises `StoreError`s, and `sqlite3.IntegrityError`."""
+        try:
+            with self._file.transaction() as database:
+                yield database
+        except sqlite3.IntegrityError:
+            raise
+        except sqlite3.Error as error:
+            if is_full(error):
+                raise StoreFull("the disk of the collections' catalog is full: nothing was changed") from error
+            raise failed("the collections' catalog", error) from error
 
     # Collections.
 
@@ -173,10 +140,12 @@ class Catalog:
                     (_key(owner), name, json.dumps(dict(metadata)), time.time()),
                 )
                 _move(database, version, "creating", "current", cursor.lastrowid)
+                made = _find(database, owner, name)
+                assert made is not None
+                return made
         except sqlite3.IntegrityError as error:
             self.forsake(version)
             raise exists(name) from error
-        return self.get(owner, name)
 
     def forsake(self, version: Version) -> None:
         """Its index is a leftover from now on."""

@@ -82,7 +82,7 @@ def check_metadata(metadata: Metadata, where: str) -> None:
         raise InvalidValue(f"{where} has {len(metadata)} keys, the most is {MAX_KEYS}", param="metadata")
     size = 0
     for key, value in metadata.items():
-        length = _length(key, f"{where}: a key")
+        length = _length(key, f"{where}: a key", "metadata")
         if not 0 < length <= MAX_KEY_BYTES or key.startswith(("$", "chroma:")):
             raise InvalidValue(
                 f"{where}: keys have 1 to {MAX_KEY_BYTES} bytes and do not begin with '$' or 'chroma:': "
@@ -97,7 +97,7 @@ def check_metadata(metadata: Metadata, where: str) -> None:
 def _value_size(value: Scalar, where: str) -> int:
     match value:
         case str():
-            return _length(value, where)
+            return _length(value, where, "metadata")
         case bool():
             return 8
         case int() if -(2**63) <= value < 2**63:
@@ -111,20 +111,22 @@ def _value_size(value: Scalar, where: str) -> int:
     raise InvalidValue(f"{where} must be a text, a number, true or false", param="metadata")
 
 
-def check_ids(ids: Sequence[str]) -> None:
-    for place, id in enumerate(ids):
-        if not 0 < _length(id, f"ids[{place}]") <= MAX_ID_BYTES:
-            raise InvalidValue(f"ids[{place}] must have 1 to {MAX_ID_BYTES} bytes", param="ids")
+def check_ids(ids: Sequence[str], where: str = "ids[{}]") -> None:
+    """`where` is what the request calls each of them."""
     seen: set[str] = set()
-    for id in ids:
+    for place, id in enumerate(ids):
+        name = where.format(place)
+        param = name.partition("[")[0]
+        if not 0 < _length(id, name, param) <= MAX_ID_BYTES:
+            raise InvalidValue(f"{name} must have 1 to {MAX_ID_BYTES} bytes", param=param)
         if id in seen:
-            raise InvalidValue(f"the id {quoted(id)} is there twice", param="ids")
+            raise InvalidValue(f"{name} is {quoted(id)}, which is there twice", param=param)
         seen.add(id)
 
 
 def check_contents(documents: Sequence[Document]) -> None:
     """What can be said of documents before they are embedded: ids, contents, metadata."""
-    check_ids([each.id for each in documents])
+    check_ids([each.id for each in documents], "documents[{}].id")
     for place, each in enumerate(documents):
         _check_content(each, f"documents[{place}]")
         check_metadata(each.metadata, f"documents[{place}].metadata")
@@ -141,9 +143,10 @@ def check_documents(documents: Sequence[EmbeddedDocument], facts: EmbeddingFacts
 
 
 def _check_content(document: Document, where: str) -> None:
-    if document.text is None and not document.image:
+    if not document.text and not document.image:
         raise InvalidValue(f"{where} has neither text nor image", param="documents")
-    size = _length(document.text or "", f"{where}.text") + _length(document.image or "", f"{where}.image")
+    given = {"text": document.text or "", "image": document.image or ""}
+    size = sum(_length(value, f"{where}.{name}", "documents") for name, value in given.items())
     if size > MAX_DOCUMENT_BYTES:
         raise InvalidValue(
             f"{where} has {size} bytes, the most is {MAX_DOCUMENT_BYTES}: give large images by URL", param="documents"
@@ -161,8 +164,8 @@ def check_vectors(vectors: NDArray[np.float32], facts: EmbeddingFacts, where: st
         raise InvalidValue(f"{where}: one is all zeros and has no direction to compare")
 
 
-def _length(text: str, where: str) -> int:
+def _length(text: str, where: str, param: str) -> int:
     try:
         return len(text.encode())
     except UnicodeEncodeError:
-        raise InvalidValue(f"{where} is no valid Unicode") from None
+        raise InvalidValue(f"{where} is no valid Unicode", param=param) from None

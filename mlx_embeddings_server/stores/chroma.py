@@ -3,19 +3,19 @@
 An index is a Chroma collection in cosine space: the text as `documents`, the image's URL or data URI as `uris`. Inside
 the process, what an upsert has acknowledged is in SQLite and fsynced; a server gives what its own disk gives.
 
-Two things that Chroma leaves to its callers are done here:
+Three things that Chroma leaves to its callers are done here:
 - An upsert joins new metadata with the old: keys that are gone are removed by name.
 - Dropped vectors stay on the disk: the folder of an index that is no longer in Chroma's tables is removed.
+- After a write that failed inside the process, as on a full disk, a later one may hang: Chroma is opened anew first.
 """
 
-import json
 import shutil
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,30 +27,34 @@ from cachetools import LRUCache
 from chromadb.api.client import Client
 from chromadb.api.collection_configuration import CreateHNSWConfiguration
 from chromadb.api.models.Collection import Collection as Records
-from chromadb.config import Settings
 from numpy.typing import NDArray
 
 from mlx_embeddings_server.stores.base import (
+    PARTS,
     Document,
     EmbeddedDocument,
     EmbeddingFacts,
-    Hit,
     IndexGone,
-    InvalidValue,
     Kind,
+    Part,
+    StoreError,
     StoreFull,
     StoreUnavailable,
     failed,
+    free_bytes,
 )
 from mlx_embeddings_server.stores.batches import batches
+from mlx_embeddings_server.stores.chroma_server import NO_CHROMA, ChromaServer, client_settings, sessions_of
 from mlx_embeddings_server.stores.filters import Comparison, Group, Where
 
 # Of the ten nearest of 6,000 vectors spread like texts', 99.8% are found; 98.6% with Chroma's default of 100.
 _HNSW: CreateHNSWConfiguration = {"space": "cosine", "ef_construction": 200, "ef_search": 200}
 _FETCH_AT_ONCE = 1000
+_COLUMNS: Mapping[Part, str] = {"text": "documents", "image": "uris", "metadata": "metadatas"}
 _MAX_BYTES = 30_000_000  # of one request: a Chroma server refuses 40 MB
-_CONNECT_SECONDS = 5.0
-_LITTLE_SPACE = 16 * 1024 * 1024
+_LITTLE_SPACE = 16 * 1024 * 1024  # where the disk is taken to be full when something fails
+_ROOM = 1024 * 1024
+_FULL = "the disk of the Chroma store is full: make room, then send the request again"
 
 # In a process of its own: to open and close Chroma's file in this one would release the locks that Chroma holds on it.
 _SEGMENTS = """
@@ -63,12 +67,12 @@ print("\\n".join(id for (id,) in database.execute("SELECT id FROM segments")))
 def open_chroma(url: str | None, path: Path | None, api_key: str | None, timeout: float) -> "ChromaIndex":
     """`path` of an embedded one. A server need not answer yet. Raises `StoreUnavailable`."""
     if url is not None:
-        server = _Server(url, api_key, timeout)
+        server = ChromaServer(url, api_key, timeout)
         return ChromaIndex(server.connect, server.ask, None)
     assert path is not None
 
     def connect() -> Client:
-        return cast(Client, chromadb.PersistentClient(path=str(path), settings=_settings()))
+        return cast(Client, chromadb.PersistentClient(path=str(path), settings=client_settings()))
 
     index = ChromaIndex(connect, lambda: None, path)
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,58 +83,6 @@ def open_chroma(url: str | None, path: Path | None, api_key: str | None, timeout
 
 # What is said of a collection while its parts are being dropped.
 _HALF_DROPPED = "Missing metadata segment"
-
-
-def _settings() -> Settings:
-    # Neither usage statistics, nor settings from an .env that happens to lie in the working folder.
-    return Settings(_env_file=None, anonymized_telemetry=False)  # type: ignore[call-arg]
-
-
-class _Server:
-    """Chroma's client waits for ever, and raises a bare Exception for what is no Chroma's answer: so there is `ask`
-    to call first, and the client's sessions are told.
-    """
-
-    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
-        self._url = url
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS))
-        self._hooks = {"response": [_refuse_foreign_answers]}
-
-    def ask(self) -> None:
-        """Raises, where no Chroma answers."""
-        with httpx.Client(timeout=self._timeout, headers=self._headers, event_hooks=self._hooks) as client:
-            client.get(f"{self._url}/api/v2/heartbeat")
-
-    def connect(self) -> Client:
-        client = cast(Client, chromadb.HttpClient(host=self._url, headers=self._headers, settings=_settings()))
-        for session in _sessions(client):
-            session.timeout = self._timeout
-            session.event_hooks = self._hooks
-        return client
-
-
-def _sessions(client: Client) -> list[httpx.Client]:
-    """Of a Chroma server's client, and of the one in it that looks after databases."""
-    servers = client._server, cast(Any, client._admin_client)._server
-    return [session for server in servers if isinstance(session := getattr(server, "_session", None), httpx.Client)]
-
-
-def _refuse_foreign_answers(response: httpx.Response) -> None:
-    if response.is_success and "json" in response.headers.get("Content-Type", ""):
-        return
-    try:
-        body = json.loads(response.read())
-    except ValueError:
-        body = None
-    if 300 <= response.status_code < 400:
-        raise StoreUnavailable("what answers at the Chroma URL sends elsewhere: give the URL that it sends to")
-    if response.status_code in (401, 403):
-        raise StoreUnavailable("Chroma refuses this server's key: check collections_api_key")
-    if response.status_code == 413:
-        raise InvalidValue("the documents are too large for the Chroma server: send fewer, or smaller ones")
-    if not isinstance(body, dict) or body.get("error") not in chromadb.errors.error_types:
-        raise StoreUnavailable(f"Chroma, or what stands before it, answers with status {response.status_code}")
 
 
 class ChromaIndex:
@@ -146,9 +98,12 @@ class ChromaIndex:
         self._max_batch = 0
         self._lock = threading.Lock()
         self._known: LRUCache[str, Records] = LRUCache(1024)
+        self._has_failed = False  # at writing, since it was opened
+        self._gate = Gate()
+        self._one_writer: AbstractContextManager[object] = threading.Lock() if path else nullcontext()
 
     def create(self, index: str, facts: EmbeddingFacts, label: Mapping[str, str]) -> None:
-        with self._errors(index):
+        with self._writing(index):
             self._opened().get_or_create_collection(
                 index, embedding_function=None, metadata=dict(label), configuration={"hnsw": _HNSW}
             )
@@ -156,11 +111,8 @@ class ChromaIndex:
     def drop(self, index: str) -> None:
         with self._lock:
             self._known.pop(index, None)
-        try:
-            with self._errors(index):
-                self._opened().delete_collection(index)
-        except IndexGone:
-            pass
+        with suppress(IndexGone), self._writing(index):
+            self._opened().delete_collection(index)
         self.remove_dead_folders()
 
     def indexes(self, prefix: str) -> list[str]:
@@ -178,7 +130,7 @@ class ChromaIndex:
             return self._records(index).count()
 
     def upsert(self, index: str, facts: EmbeddingFacts, documents: Sequence[EmbeddedDocument]) -> None:
-        with self._errors(index):
+        with self._writing(index):
             records = self._records(index)
             for batch in batches(documents, self._max_batch, _MAX_BYTES, bytes_of_number=6):
                 ids = [each.document.id for each in batch]
@@ -195,44 +147,47 @@ class ChromaIndex:
         with self._errors(index):
             return self._records(index).get(where=translated(where), limit=limit, offset=offset, include=[])["ids"]
 
-    def fetch(self, index: str, ids: Sequence[str]) -> list[Document]:
+    def fetch(self, index: str, ids: Sequence[str], parts: Sequence[Part] = PARTS) -> list[Document]:
         found: dict[str, Document] = {}
+        columns = cast(Any, [_COLUMNS[each] for each in parts])
         with self._errors(index):
             records = self._records(index)
             for start in range(0, len(ids), _FETCH_AT_ONCE):
-                some = list(ids[start : start + _FETCH_AT_ONCE])
-                reply = records.get(ids=some, include=["documents", "uris", "metadatas"])
-                found |= {each.id: each for each in _documents(reply["ids"], reply)}
+                reply: Mapping[str, Any] = records.get(ids=list(ids[start : start + _FETCH_AT_ONCE]), include=columns)
+                found |= {each.id: each for each in _documents(reply)}
         return [found[id] for id in ids if id in found]
 
     def delete(self, index: str, ids: Sequence[str]) -> None:
-        with self._errors(index):
+        with self._writing(index):
             self._records(index).delete(ids=list(ids))
 
     def query(
         self, index: str, facts: EmbeddingFacts, vectors: NDArray[np.float32], limit: int, where: Where | None
-    ) -> list[Hit]:
+    ) -> list[tuple[str, float]]:
         with self._errors(index):
             reply: Mapping[str, Any] = self._records(index).query(
                 query_embeddings=vectors[np.newaxis],
                 n_results=limit,
                 where=translated(where),
-                include=["documents", "uris", "metadatas", "distances"],
+                include=["distances"],
             )
-        first = {key: reply[key][0] for key in ("documents", "uris", "metadatas")}
-        found = _documents(reply["ids"][0], first)
-        return [Hit(each, 1 - far, far) for each, far in zip(found, reply["distances"][0], strict=True)]
+        return [(id, 1 - far) for id, far in zip(reply["ids"][0], reply["distances"][0], strict=True)]
 
     def check(self) -> None:
         with self._errors(""):
-            self._opened().heartbeat()
+            client = self._opened()
+            try:
+                client.heartbeat()
+            except (KeyError, TypeError) as error:
+                raise StoreUnavailable(NO_CHROMA) from error
 
     def close(self) -> None:
         with self._lock:
             if self._client is not None:
-                sessions = _sessions(self._client)
+                sessions = sessions_of(self._client)
                 self._client.close()
                 self._client = None
+                self._known.clear()
                 for session in sessions:  # which it leaves open
                     session.close()
 
@@ -273,18 +228,34 @@ class ChromaIndex:
         return known
 
     @contextmanager
+    def _writing(self, index: str) -> Iterator[None]:
+        with self._one_writer:
+            if self._path is not None and self._has_failed:
+                # Not before there is room: it might not open, and until then it can be read.
+                if free_bytes(self._path) < _ROOM:
+                    raise StoreFull(_FULL)
+                with self._gate.alone():
+                    self.close()
+                self._has_failed = False
+            try:
+                with self._errors(index):
+                    yield
+            except StoreError:
+                self._has_failed = True
+                raise
+
+    @contextmanager
     def _errors(self, index: str) -> Iterator[None]:
         try:
-            yield
+            with self._gate.shared():
+                yield
         except chromadb.errors.ChromaError as error:
             if isinstance(error, chromadb.errors.NotFoundError) or _HALF_DROPPED in str(error):
                 with self._lock:
                     self._known.pop(index, None)
                 raise IndexGone(index) from error
             if self._is_full(str(error)):
-                raise StoreFull(
-                    "the disk of the Chroma store is full: make room, then send the request again"
-                ) from error
+                raise StoreFull(_FULL) from error
             raise failed("Chroma", error) from error
         except httpx.TimeoutException as error:
             raise StoreUnavailable("Chroma does not answer in time: try again later") from error
@@ -299,7 +270,33 @@ class ChromaIndex:
     def _is_full(self, message: str) -> bool:
         if "disk is full" in message:
             return True
-        return self._path is not None and shutil.disk_usage(self._path).free < _LITTLE_SPACE
+        return self._path is not None and free_bytes(self._path) < _LITTLE_SPACE
+
+
+class Gate:
+    """Many are inside at once, or one alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until the others have left. Nobody comes in meanwhile."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._inside)
+            yield
 
 
 def translated(where: Where | None) -> dict[str, Any] | None:
@@ -327,12 +324,11 @@ def _rows(reply: Mapping[str, Any], column: str) -> Iterator[tuple[str, Any]]:
     return zip(reply["ids"], reply[column], strict=True)
 
 
-def _documents(ids: Sequence[str], columns: Mapping[str, Any]) -> list[Document]:
-    rows = zip(ids, columns["documents"], columns["uris"], columns["metadatas"], strict=True)
-    return [
-        Document(id, text if text or not image else None, image or None, dict(metadata or {}))
-        for id, text, image, metadata in rows
-    ]
+def _documents(reply: Mapping[str, Any]) -> list[Document]:
+    ids = reply["ids"]
+    columns = (reply[name] or [None] * len(ids) for name in _COLUMNS.values())  # None: was not asked for
+    rows = zip(ids, *columns, strict=True)
+    return [Document(id, text or None, image or None, dict(metadata or {})) for id, text, image, metadata in rows]
 
 
 def _is_uuid(name: str) -> bool:

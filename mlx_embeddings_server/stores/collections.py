@@ -11,17 +11,21 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlx_embeddings_server.stores.base import (
+    WHOLE,
     Collection,
     CollectionExists,
     Document,
     EmbeddedDocument,
     EmbeddingFacts,
+    Excerpt,
     Hit,
     Index,
     IndexGone,
@@ -34,6 +38,7 @@ from mlx_embeddings_server.stores.base import (
     Version,
     Waiting,
 )
+from mlx_embeddings_server.stores.batches import size_of
 from mlx_embeddings_server.stores.catalog import Catalog, exists
 from mlx_embeddings_server.stores.checks import (
     check_documents,
@@ -55,6 +60,7 @@ T = TypeVar("T")
 # A creation takes seconds. What is not finished after this long was left by a process that ended.
 CREATING_SECONDS = 600.0
 _DELETE_AT_ONCE = 1000
+_FETCH_AT_ONCE = 32  # documents, which may have 25 MB each
 
 
 class Collections:
@@ -64,7 +70,7 @@ class Collections:
         self.index = index
         self.catalog = catalog
         # Writes of one collection follow each other: its versions on the disk, and the catalog's notes of them.
-        self._write_locks = [threading.Lock() for _ in range(64)]
+        self._write_locks = [threading.RLock() for _ in range(64)]
 
     # Collections.
 
@@ -111,19 +117,26 @@ class Collections:
             self._write(found, ids, lambda index: self.index.upsert(index, found.facts, documents))
 
     def documents(
-        self, owner: str, name: str, ids: Sequence[str] | None, where: object, limit: int, offset: int
+        self,
+        owner: str,
+        name: str,
+        ids: Sequence[str] | None,
+        where: object,
+        limit: int,
+        offset: int,
+        excerpt: Excerpt = WHOLE,
     ) -> list[Document]:
         parsed = checked_where(where)
         if ids is not None:
             check_ids(ids)
             if parsed is not None:
                 raise InvalidValue("ids and where exclude each other: send one of them", param="where")
-            return self._read(owner, name, lambda found: self.index.fetch(found.current.index, ids))
         check_page(limit, offset)
 
         def page(found: Collection) -> list[Document]:
             index = found.current.index
-            return self.index.fetch(index, self.index.ids(index, parsed, limit, offset))
+            wanted = self.index.ids(index, parsed, limit, offset) if ids is None else ids
+            return self._fetch(index, wanted, excerpt)
 
         return self._read(owner, name, page)
 
@@ -135,16 +148,27 @@ class Collections:
             check_ids(ids)
         found = self.get(owner, name)
         index = found.current.index
-        try:
-            there = self.index.ids(index, parsed) if ids is None else [each.id for each in self.index.fetch(index, ids)]
-        except IndexGone as error:
-            raise _changed(name) from error
-        for chunk in _chunks(there, _DELETE_AT_ONCE):
-            self._write(found, chunk, lambda index, chunk=chunk: self.index.delete(index, chunk))  # type: ignore[misc]
+        with self._writing(index):  # from the look on: what is written after it is not among them
+            try:
+                if ids is None:
+                    there = self.index.ids(index, parsed)
+                else:
+                    there = [each.id for each in self.index.fetch(index, ids, ())]
+            except IndexGone as error:
+                raise _changed(name) from error
+            for chunk in _chunks(there, _DELETE_AT_ONCE):
+                self._write(found, chunk, partial(self.index.delete, ids=chunk))
         return len(there)
 
     def query(
-        self, owner: str, name: str, facts: EmbeddingFacts, vectors: NDArray[np.float32], n_results: int, where: object
+        self,
+        owner: str,
+        name: str,
+        facts: EmbeddingFacts,
+        vectors: NDArray[np.float32],
+        n_results: int,
+        where: object,
+        excerpt: Excerpt = WHOLE,
     ) -> list[Hit]:
         parsed = checked_where(where)
         check_results(n_results)
@@ -152,7 +176,10 @@ class Collections:
         def hits(found: Collection) -> list[Hit]:
             check_facts(found.facts, facts, name)
             check_vectors(vectors, found.facts, "the query's vectors")
-            return self.index.query(found.current.index, found.facts, vectors, n_results, parsed)
+            index = found.current.index
+            scores = dict(self.index.query(index, found.facts, vectors, n_results, parsed))
+            # What was deleted since is not among them.
+            return [_hit(each, scores[each.id], found.facts) for each in self._fetch(index, list(scores), excerpt)]
 
         return self._read(owner, name, hits)
 
@@ -246,6 +273,23 @@ class Collections:
         except IndexGone as error:
             raise StoreUnavailable(f"{self.index.name} has lost the vectors of the collection {name!r}") from error
 
+    def _fetch(self, index: str, ids: Sequence[str], excerpt: Excerpt) -> list[Document]:
+        """A few at a time, so that what is too much is not read before that is seen."""
+        found: list[Document] = []
+        size = 0
+        for chunk in _chunks(ids, _FETCH_AT_ONCE):
+            some = self.index.fetch(index, chunk, excerpt.parts)
+            found += some
+            size += sum(map(size_of, some))
+            if excerpt.most_bytes is not None and size > excerpt.most_bytes and len(found) > 1:
+                raise InvalidValue(
+                    f"these documents have more than {excerpt.most_bytes} bytes together: ask for fewer at once, or "
+                    "for less of each with include",
+                    param="include",
+                    code="reply_too_large",
+                )
+        return found
+
     def _write(self, found: Collection, ids: Sequence[str], write: Callable[[str], None]) -> None:
         version = found.current
         with self._writing(version.index):
@@ -256,7 +300,7 @@ class Collections:
             finally:  # what was stored in part counts as changed, too
                 self.catalog.record_changes(found.owner, found.name, version, ids)
 
-    def _writing(self, index: str) -> threading.Lock:
+    def _writing(self, index: str) -> AbstractContextManager[object]:
         return self._write_locks[hash(index) % len(self._write_locks)]
 
     def _drop(self, indexes: Sequence[str]) -> int:
@@ -289,6 +333,13 @@ def _label(owner: str, name: str, version: Version) -> Mapping[str, str]:
         "revision": facts.revision or "",
         "provider": facts.provider,
     }
+
+
+def _hit(document: Document, score: float, facts: EmbeddingFacts) -> Hit:
+    if facts.output != "dense":
+        return Hit(document, score, None)
+    score = min(max(score, -1.0), 1.0)  # what rounding adds
+    return Hit(document, score, 1 - score)
 
 
 def _changed(name: str) -> Mismatch:

@@ -87,6 +87,8 @@ def _parse(where: object, place: str, depth: int, budget: _Budget) -> Where:
             parts.append(_group("$and" if key == "$and" else "$or", condition, f"{place}.{key}", depth, budget))
         elif key.startswith("$"):
             raise _unknown(key, place)
+        elif key.startswith("chroma:"):
+            raise FilterProblem(f"{place}: no metadata's key begins with 'chroma:'")
         else:
             parts += _conditions(key, condition, f"{place}.{key[:100]}", budget)
     return _joined("$and", parts)

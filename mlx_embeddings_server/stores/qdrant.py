@@ -11,34 +11,37 @@ its user's only. A server has acknowledged what is in its write-ahead log.
 
 import json
 import re
-import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid5
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from qdrant_client import QdrantClient, models
+from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from mlx_embeddings_server.pooling import normalized
 from mlx_embeddings_server.stores.base import (
+    PARTS,
     Document,
     EmbeddedDocument,
     EmbeddingFacts,
-    Hit,
     IndexGone,
     InvalidValue,
     Kind,
     Metadata,
+    Part,
     StoreFull,
     StoreUnavailable,
     failed,
+    free_bytes,
 )
 from mlx_embeddings_server.stores.batches import batches
 from mlx_embeddings_server.stores.filters import Comparison, Value, Where, is_number
@@ -50,6 +53,7 @@ _NAMESPACE = UUID("5f0a4a3e-6a53-4b0c-9a5b-3c1d2f0f7c11")
 _MAX_BATCH = 128
 _MAX_BYTES = 16_000_000  # of one request: a server refuses 32 MiB
 _AT_ONCE = 1000
+_NO_QDRANT = "what answers at the Qdrant URL is no Qdrant"
 _EXACT_INTEGER = 2**53  # beyond, a range compares floats that stand for several integers
 _PLAIN_KEY = re.compile(r"(?!x-)[a-zA-Z0-9_-]+", re.ASCII)
 
@@ -87,7 +91,7 @@ class QdrantIndex:
             self._client.create_collection(index, vectors_config=_vectors_of(facts), metadata=dict(label))
 
     def drop(self, index: str) -> None:
-        with self._errors(index):
+        with suppress(IndexGone), self._errors(index):
             self._client.delete_collection(index)
 
     def indexes(self, prefix: str) -> list[str]:
@@ -121,12 +125,12 @@ class QdrantIndex:
                     break
         return found[offset:]
 
-    def fetch(self, index: str, ids: Sequence[str]) -> list[Document]:
+    def fetch(self, index: str, ids: Sequence[str], parts: Sequence[Part] = PARTS) -> list[Document]:
         found: dict[str, Document] = {}
         with self._errors(index):
             for start in range(0, len(ids), _AT_ONCE):
                 points = [_point_id(id) for id in ids[start : start + _AT_ONCE]]
-                records = self._client.retrieve(index, points, with_payload=True)
+                records = self._client.retrieve(index, points, with_payload=["id", *parts])
                 found |= {each.id: each for each in (_document(record.payload) for record in records)}
         return [found[id] for id in ids if id in found]
 
@@ -136,24 +140,20 @@ class QdrantIndex:
 
     def query(
         self, index: str, facts: EmbeddingFacts, vectors: NDArray[np.float32], limit: int, where: Where | None
-    ) -> list[Hit]:
+    ) -> list[tuple[str, float]]:
         passing = _filter(where)
         if facts.output == "dense":
-            wanted: Any = vectors.tolist()
-            with self._errors(index):
-                found = self._client.query_points(
-                    index, query=wanted, using="dense", limit=limit, query_filter=passing
-                ).points
-            return [Hit(_document(each.payload), each.score, 1 - each.score) for each in found]
-        wanted, candidates = normalized(vectors).tolist(), max(CANDIDATES, limit)
-        by_means = [
-            models.Prefetch(query=wanted, using=name, limit=candidates, filter=passing) for name in ("rows", "columns")
-        ]
+            search: dict[str, Any] = {"query": vectors.tolist(), "using": "dense", "query_filter": passing}
+        else:
+            wanted, candidates = normalized(vectors).tolist(), max(CANDIDATES, limit)
+            by_means = [
+                models.Prefetch(query=wanted, using=name, limit=candidates, filter=passing)
+                for name in ("rows", "columns")
+            ]
+            search = {"query": wanted, "using": "original", "prefetch": by_means}
         with self._errors(index):
-            found = self._client.query_points(
-                index, query=wanted, using="original", prefetch=by_means, limit=limit
-            ).points
-        return [Hit(_document(each.payload), each.score, None) for each in found]
+            found = self._client.query_points(index, limit=limit, with_payload=["id"], **search).points
+        return [((each.payload or {})["id"], each.score) for each in found]
 
     def check(self) -> None:
         with self._errors(""):
@@ -171,11 +171,13 @@ class QdrantIndex:
             except UnexpectedResponse as error:
                 raise _refusal(error, index) from error
             except ResponseHandlingException as error:
-                raise StoreUnavailable("Qdrant does not answer: is its server running?") from error
-            except ApiException as error:
+                raise _no_answer(error) from error
+            except ResourceExhaustedResponse as error:
+                raise StoreUnavailable("Qdrant, or what stands before it, is asked too often: try later") from error
+            except (ApiException, QdrantException) as error:
                 raise failed("Qdrant", error) from error
-            except (json.JSONDecodeError, ValidationError) as error:
-                raise StoreUnavailable("what answers at the Qdrant URL is no Qdrant") from error
+            except (AssertionError, json.JSONDecodeError, ValidationError) as error:
+                raise StoreUnavailable(_NO_QDRANT) from error
             except ValueError as error:
                 if f"Collection {index} not found" in str(error):
                     raise IndexGone(index) from error
@@ -189,8 +191,17 @@ class QdrantIndex:
 
     def _is_full(self, error: Exception) -> bool:
         return self._path is not None and (
-            "full" in str(error) or "No space left" in str(error) or not shutil.disk_usage(self._path).free
+            "full" in str(error) or "No space left" in str(error) or not free_bytes(self._path)
         )
+
+
+def _no_answer(error: ResponseHandlingException) -> StoreUnavailable:
+    match error.source:
+        case ValidationError():
+            return StoreUnavailable(_NO_QDRANT)
+        case httpx.TimeoutException():
+            return StoreUnavailable("Qdrant does not answer in time: try again later")
+    return StoreUnavailable("Qdrant does not answer: is its server running?")
 
 
 def _refusal(error: UnexpectedResponse, index: str) -> Exception:
@@ -247,8 +258,8 @@ def _point_id(id: str) -> str:
 
 
 def _document(payload: Any) -> Document:
-    metadata: Metadata = {_key_back(key): value for key, value in payload["metadata"].items()}
-    return Document(payload["id"], payload["text"], payload["image"], metadata)
+    metadata: Metadata = {_key_back(key): value for key, value in payload.get("metadata", {}).items()}
+    return Document(payload["id"], payload.get("text"), payload.get("image"), metadata)
 
 
 def _key(key: str) -> str:

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_embeddings_server.stores.base import (
+    WHOLE,
     Collection,
     Document,
     EmbeddedDocument,
     EmbeddingFacts,
+    Excerpt,
     Hit,
     Kind,
     Metadata,
@@ -105,9 +107,10 @@ class VectorStore:
         where: object = None,
         limit: int = 100,
         offset: int = 0,
+        excerpt: Excerpt = WHOLE,
     ) -> list[Document]:
         """Those of `ids` that there are, in that order; or a page of all that pass `where`, in the store's order."""
-        return await self._run(self._collections.documents, owner, name, ids, where, limit, offset)
+        return await self._run(self._collections.documents, owner, name, ids, where, limit, offset, excerpt)
 
     async def delete_documents(
         self, owner: str, name: str, *, ids: Sequence[str] | None = None, where: object = None
@@ -124,11 +127,12 @@ class VectorStore:
         *,
         n_results: int = 10,
         where: object = None,
+        excerpt: Excerpt = WHOLE,
     ) -> list[Hit]:
         """The best first. `vectors` [dimension], or [vectors, dimension] of a multi-vector model, made as `facts` say:
         a `Mismatch` means that they are of another model than the collection's, or of the one it had before.
         """
-        return await self._run(self._collections.query, owner, name, facts, vectors, n_results, where)
+        return await self._run(self._collections.query, owner, name, facts, vectors, n_results, where, excerpt)
 
     # Re-embedding: begin (or resume), fill until nothing waits, switch. One worker a collection at a time.
 
