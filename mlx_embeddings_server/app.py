@@ -204,6 +204,8 @@ def _watch(runtime: Runtime) -> None:
         metrics.watch_rate_limits(runtime.rate_limits.refused)
     if providers := runtime.models.providers:
         metrics.watch_circuits([endpoint.circuit for endpoint in providers.values()])
+    if runtime.reembed_jobs is not None:
+        metrics.watch_jobs(runtime.reembed_jobs.totals)
 
 
 def _telemetry(settings: Settings) -> "OpenTelemetry | None":

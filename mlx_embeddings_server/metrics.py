@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from mlx_embeddings_server.engine.queue import Queue
 from mlx_embeddings_server.engine.worker import BatchStats
+from mlx_embeddings_server.jobs.base import Totals
 from mlx_embeddings_server.providers.circuit import Circuit, State
 
 # When each was begun to be counted: a third of all lines, and nobody asks for them.
@@ -153,6 +154,10 @@ class Metrics:
         """`refused` has the requests that met each limit, and is looked at again whenever metrics are asked for."""
         self._registry.register(_Watched(lambda: _limit_metrics(refused)))
 
+    def watch_jobs(self, totals: Callable[[], Totals | None]) -> None:
+        """None: they cannot be told now."""
+        self._registry.register(_Watched(lambda: _job_metrics(totals())))
+
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self._registry)
@@ -222,6 +227,25 @@ def _limit_metrics(refused: Mapping[str, int]) -> Iterator[Metric]:
     for limit, count in refused.items():
         family.add_metric([limit], count)
     yield family
+
+
+def _job_metrics(totals: Totals | None) -> Iterator[Metric]:
+    if totals is None:
+        return
+    unfinished = GaugeMetricFamily(f"{_PREFIX}reembed_jobs", "Jobs that are not finished", labels=["status"])
+    for status, count in totals.unfinished.items():
+        unfinished.add_metric([status], count)
+    finished = CounterMetricFamily(f"{_PREFIX}reembed_jobs_finished", "Jobs that came to an end", labels=["status"])
+    what = "Time of finished jobs, from when they were begun"
+    seconds = CounterMetricFamily(f"{_PREFIX}reembed_job_seconds", what, labels=["status"])
+    for status, (jobs, took) in totals.finished.items():
+        finished.add_metric([status], jobs)
+        seconds.add_metric([status], took)
+    yield from (unfinished, finished, seconds)
+    documents = "Documents that jobs have embedded anew"
+    yield CounterMetricFamily(f"{_PREFIX}reembed_documents", documents, totals.documents)
+    oldest = "Time since the oldest job that is not finished was asked for; 0 where there is none"
+    yield GaugeMetricFamily(f"{_PREFIX}reembed_oldest_job_seconds", oldest, totals.oldest_seconds)
 
 
 def _values(family: Metric, name: str) -> list[dict[str, Any]]:

@@ -166,6 +166,11 @@ def collection(client: httpx.Client, documents: Sequence[dict[str, Any]]) -> str
     return name
 
 
+def notes(client: httpx.Client, count: int = 100) -> str:
+    """A collection of so many documents with vectors of the model `old`."""
+    return collection(client, [document(number) for number in range(count)])
+
+
 def document(number: int, text: str = "", **metadata: object) -> dict[str, Any]:
     return {"id": f"id-{number}", "text": text or f"words of {number}", "metadata": metadata or {"n": number}}
 

@@ -103,10 +103,14 @@ def test_a_media_id_that_was_stored_as_text_is_found(client: httpx.Client) -> No
 
 def test_of_a_medias_collections_one_may_be_deleted_meanwhile(client: httpx.Client, folder: Path) -> None:
     names = [collection(client, [document(1, media_id=88)]) for _ in range(2)]
+    client.post("/v1/models/new/load").raise_for_status()  # which computes something
     with held(folder, "new"):
         job = schedule(client, media_id=88, embedder_version="new")
+        while not job_of(client, job)["progress"]["total"]:
+            time.sleep(0.02)
+        time.sleep(0.3)  # the model has what it is to embed of the first one
         client.delete(f"{COLLECTIONS}/{names[0]}").raise_for_status()
-    until(client, job, "completed")
+    assert until(client, job, "completed")["progress"] == {"done": 1, "total": 1}
     check_vectors(client, names[1], "new")
 
 
@@ -115,7 +119,7 @@ def test_a_collection_that_is_deleted_meanwhile_ends_its_job(client: httpx.Clien
         job = schedule(client, collection=notes, embedder_version="new")
         until(client, job, "running")
         client.delete(f"{COLLECTIONS}/{notes}").raise_for_status()
-    assert until(client, job, "failed")["error"]
+    assert until(client, job, "failed")["error"] == f"there is no collection '{notes}'"
 
 
 def test_the_old_version_answers_until_the_new_one_is_whole(client: httpx.Client) -> None:
@@ -194,6 +198,8 @@ def test_the_same_dedupe_key_is_the_same_job_until_it_is_finished(
         assert schedule(client, **body)["id"] == job["id"]
         until(client, job, "running")
         assert schedule(client, **body)["id"] == job["id"]
+        other = client.post(f"{JOBS}/schedule", json={**body, "embedder_version": "third"})
+        assert other.status_code == 409 and "dedupe_key" in other.json()["detail"]
     until(client, job, "completed")
     later = schedule(client, **body)
     assert later["id"] != job["id"]

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Countdown:
 
     left: int
     before: bool
+    progress: list[int] = field(default_factory=list)  # documents done, as they were noted
 
     def around(self, step: Any, *arguments: Any) -> None:
         self.left -= 1
@@ -79,6 +80,8 @@ class CrashingRecords(Records):
         self._countdown = countdown
 
     def _change(self, job: Job, worker: str, changes: str, *values: Any) -> None:
+        if changes.startswith("done"):
+            self._countdown.progress.append(values[0])
         self._countdown.around(super()._change, job, worker, changes, *values)
 
 
@@ -122,20 +125,27 @@ def documents() -> Sequence[EmbeddedDocument]:
     return [EmbeddedDocument(Document(id, text), vector(place)) for place, (id, text) in enumerate(TEXTS.items())]
 
 
+def prepared(folder: Path, names: Sequence[str], **fields: Any) -> tuple[QdrantIndex, Job]:
+    """Collections of all documents, and a job for them."""
+    database = QdrantIndex(QdrantClient(":memory:"))
+    catalog = Catalog(folder / "catalog.sqlite3", exclusive=True)
+    collections = Collections(database, catalog)
+    for name in names:
+        collections.create(OWNER, name, MINI, {})
+        collections.upsert(OWNER, name, MINI, documents())
+    catalog.close()
+    records = Records(folder / "jobs.sqlite3")
+    job, _ = records.add(Order(OWNER, "new", "local", 50, **fields), names)
+    records.close()
+    return database, job
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("at", range(STEPS + 1))
 def test_a_crash_at_any_step_is_made_good(
     runner: asyncio.Runner, runtime: Runtime, tmp_path: Path, at: int, before: bool
 ) -> None:
-    database = QdrantIndex(QdrantClient(":memory:"))
-    catalog = Catalog(tmp_path / "catalog.sqlite3", exclusive=True)
-    collections = Collections(database, catalog)
-    collections.create(OWNER, "notes", MINI, {})
-    collections.upsert(OWNER, "notes", MINI, documents())
-    catalog.close()
-    records = Records(tmp_path / "jobs.sqlite3")
-    job, _ = records.add(Order(OWNER, "new", "local", 50, collection="notes"), ["notes"])
-    records.close()
+    database, job = prepared(tmp_path, ["notes"], collection="notes")
 
     assert runner.run(attempt(runtime, database, tmp_path, Countdown(at, before))) == (at == STEPS)
     assert runner.run(attempt(runtime, database, tmp_path, Countdown(1000, before)))
@@ -155,3 +165,17 @@ def test_a_crash_at_any_step_is_made_good(
         assert hit.document.id == id and hit.score == pytest.approx(1, abs=1e-5)
     np.testing.assert_equal(collections.stats(OWNER, "notes").count, 5)
     collections.close()
+
+
+def test_of_several_collections_those_that_are_done_count_from_the_beginning(
+    runner: asyncio.Runner, runtime: Runtime, tmp_path: Path
+) -> None:
+    database, _ = prepared(tmp_path, ["letters", "notes"], media_id=1)
+    first, second = Countdown(STEPS + 6, before=True), Countdown(1000, before=True)
+    assert not runner.run(attempt(runtime, database, tmp_path, first))
+    assert 5 < max(first.progress) < 10  # it was at the second one
+    assert runner.run(attempt(runtime, database, tmp_path, second))
+    assert [*first.progress, *second.progress] == sorted([*first.progress, *second.progress])
+    records = Records(tmp_path / "jobs.sqlite3")
+    assert records.totals().documents == 10
+    records.close()

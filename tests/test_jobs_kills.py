@@ -18,8 +18,8 @@ from tests.jobs import configured, jobs_server, schedule, until, vector_of
 from tests.stores import MINI, run, text
 
 OWNER = "everybody"  # the one user, where there are no tokens
-KILLS = 8
-DOCUMENTS = 400
+KILLS = 5
+DOCUMENTS = 300
 
 
 def stored(folder: Path, index: str) -> tuple[dict[str, str], dict[str, NDArray[np.float32]]]:

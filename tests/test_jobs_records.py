@@ -1,15 +1,18 @@
 """The jobs' records and the workers' locks: one job has one worker, whatever ends when."""
 
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mlx_embeddings_server.jobs.base import Job, JobConflict, JobNotFound, Order, Target
+from mlx_embeddings_server.jobs.base import Job, JobConflict, JobNotFound, JobsFull, JobsUnavailable, Order, Target
 from mlx_embeddings_server.jobs.liveness import Liveness
 from mlx_embeddings_server.jobs.records import NotMine, Records, RecordsBroken
 
@@ -93,6 +96,76 @@ def test_a_job_waits_for_as_long_as_was_said(records: Records) -> None:
     assert [each.uuid for each in records.due()] == [job.uuid]
 
 
+def test_a_clock_that_was_set_back_holds_no_job_up(records: Records, tmp_path: Path) -> None:
+    job = queued(records)
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as database, database:
+        database.execute("UPDATE jobs SET not_before = ?", (time.time() + 86_400,))
+    assert [each.uuid for each in records.due()] == [job.uuid] and records.take(job.uuid, "a")
+
+
+def test_of_many_jobs_the_first_ones_are_due(records: Records) -> None:
+    for number in range(150):
+        queued(records, f"notes-{number}", priority=150 - number)
+    assert [each.priority for each in records.due()] == list(range(1, 101))
+    assert len(records.all_of("queued", 20, 140)[0]) == 10
+
+
+def test_the_last_ten_thousand_are_kept_and_none_that_waits(records: Records, tmp_path: Path) -> None:
+    waiting, done = queued(records), queued(records, "other")
+    assert records.take(done.uuid, "a")
+    records.finish(done, "a", "completed")
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as database, database:
+        database.execute("UPDATE sqlite_sequence SET seq = 10001")
+    assert queued(records, "third").id == 10_002
+    assert [each.id for each in records.all_of(None, 10, 0)[0]] == [10_002, waiting.id]
+
+
+def test_reading_does_not_wait_for_those_who_write(records: Records, tmp_path: Path) -> None:
+    job = queued(records)
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        assert records.get(job.uuid) == job and records.all_of(None, 10, 0) == ([job], 1)
+        assert records.totals().unfinished == {"queued": 1, "running": 0}
+        assert time.monotonic() - started < 1
+
+
+def test_a_full_disk_is_told_as_what_it_is(records: Records) -> None:
+    job = queued(records)
+    with records._transaction() as database:
+        database.execute("PRAGMA max_page_count = 1")  # no more than there are
+    with pytest.raises(JobsFull) as told:
+        for number in range(100):
+            queued(records, operation_id="long " * 1000, idempotency_key=str(number))
+    assert told.value.status == 507 and isinstance(told.value, JobsUnavailable)
+    assert records.get(job.uuid) == job
+
+
+def test_totals_are_of_all_that_were_ever_done(records: Records) -> None:
+    mine = records.take(queued(records).uuid, "a")
+    assert mine
+    for done in (3, 5):
+        records.progress(mine, "a", done, 8, moved=True)
+    records.give_back(mine, "a")
+    mine = records.take(mine.uuid, "b")
+    assert mine
+    records.progress(mine, "b", 8, 8, moved=True)
+    records.finish(mine, "b", "completed")
+    records.cancel(queued(records).uuid)
+    waiting = queued(records)
+    totals = records.totals()
+    assert totals.documents == 8 and totals.unfinished == {"queued": 1, "running": 0}
+    assert {status: jobs for status, (jobs, _) in totals.finished.items()} == {
+        "completed": 1,
+        "failed": 0,
+        "cancelled": 1,
+    }
+    now = records.get(mine.uuid)
+    assert now.finished_at and now.started_at
+    assert totals.finished["completed"][1] == pytest.approx(now.finished_at - now.started_at)
+    assert totals.oldest_seconds == pytest.approx(time.time() - waiting.created_at, abs=1)
+
+
 def test_keys_are_looked_at_and_taken_in_one_step(records: Records) -> None:
     order = replace(ORDER, idempotency_key="k", dedupe_key="d")
     with ThreadPoolExecutor(8) as threads:
@@ -102,6 +175,8 @@ def test_keys_are_looked_at_and_taken_in_one_step(records: Records) -> None:
         records.add(replace(order, model="third"), ["notes"])
     with pytest.raises(JobConflict, match="other work"):
         records.add(replace(order, owner="bob"), ["notes"])
+    with pytest.raises(JobConflict, match="dedupe_key is that of the job 1, which is other work"):
+        records.add(replace(order, idempotency_key=None, collection="letters"), ["letters"])
     (job, _), *_ = made
     mine = records.take(job.uuid, "a")
     assert mine
@@ -119,9 +194,8 @@ def test_names_of_jobs_are_ids_or_uuids(records: Records) -> None:
 
 
 def test_a_file_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
-    records = Records(tmp_path / "jobs.sqlite3")
-    records._database.execute("PRAGMA user_version=99")
-    records.close()
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as database:
+        database.execute("PRAGMA user_version=99")
     with pytest.raises(RecordsBroken, match="later version"):
         Records(tmp_path / "jobs.sqlite3")
 

@@ -10,7 +10,11 @@ import httpx
 import jwt
 import pytest
 
-from tests.jobs import COLLECTIONS, JOBS, configured, document, jobs_server, schedule, until, upsert
+from mlx_embeddings_server.app import create_app
+from mlx_embeddings_server.jobs.queue import UnusableQueue, open_queue
+from mlx_embeddings_server.jobs.records import Records, RecordsBroken
+from mlx_embeddings_server.settings import SettingsError, load_settings
+from tests.jobs import COLLECTIONS, JOBS, configured, document, jobs_server, load, schedule, until, upsert
 
 MODELS: dict[str, dict[str, Any]] = {"old": {}, "new": {}}
 SECRET = "a secret of 32 bytes or some more"
@@ -47,50 +51,57 @@ def test_jobs_are_an_admins_and_about_the_named_users_collections(tmp_path: Path
         assert [each["embedding_model"] for each in told] == ["old", "new"]
 
 
-def test_the_worker_is_off_unless_it_was_asked_for_and_nothing_is_queued_for_nobody(tmp_path: Path) -> None:
+def test_the_worker_is_off_unless_it_was_asked_for_and_nothing_is_queued_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = configured(tmp_path, MODELS, reembed_worker=False)
     with jobs_server(file) as server:
         assert "worker has started" not in server.log
         reply = server.client.post(f"{JOBS}/schedule", json={"media_id": 1, "embedder_version": "new"})
         assert reply.status_code == 409 and "--reembed-worker" in reply.json()["detail"]
-    with jobs_server(file, environment={"EMBEDDINGS_REEMBED_WORKER_ENABLED": "true"}) as server:
-        assert "worker has started" in server.log
+        ended = launched("worker", "--config", str(file))  # one of its own has no way to the server's collections
+        assert ended.returncode == 2 and "another process uses" in ended.stderr
+    assert not load_settings({"config": str(file)}).reembed_worker
+    monkeypatch.setenv("EMBEDDINGS_REEMBED_WORKER_ENABLED", "true")
+    assert load_settings({"config": str(file)}).reembed_worker
 
 
 def test_without_collections_there_are_no_jobs(tmp_path: Path) -> None:
-    file = tmp_path / "models.yaml"
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_text('{"model_type": "bert"}')
-    file.write_text(f"models: {{old: {{name: {tmp_path / 'old'}}}}}")
+    file = configured(tmp_path, MODELS, collections=None, collections_path=None, reembed_worker=None)
     with jobs_server(file) as server:
         for method, path in ROUTES:
             reply = server.client.request(method, JOBS + path, json={"media_id": 1, "embedder_version": "old"})
             assert reply.status_code == 404 and "--collections" in reply.json()["detail"]
-    for command, flags, told in (
-        ("serve", ["--reembed-worker"], "--reembed-worker is of use with --collections"),
-        ("serve", ["--jobs-url", "redis://localhost:6379"], "--jobs-url is of use with --collections"),
-        ("serve", ["--jobs-url", "amqp://localhost"], "--jobs-url"),
-        ("worker", [], "a worker needs --collections"),
+    ended = launched("worker", "--config", str(file))
+    assert ended.returncode == 2 and "a worker needs --collections" in ended.stderr
+    for setting, told in (
+        ({"reembed_worker": True}, "--reembed-worker is of use with --collections"),
+        ({"jobs_url": "redis://localhost:6379"}, "--jobs-url is of use with --collections"),
+        ({"jobs_url": "amqp://localhost"}, "jobs-url"),
     ):
-        run = [sys.executable, "-m", "mlx_embeddings_server.main", *(["worker"] if command == "worker" else [])]
-        ended = subprocess.run([*run, "--config", str(file), *flags], capture_output=True, text=True, timeout=60)
-        assert ended.returncode == 2 and told in ended.stderr, ended.stderr
-
-
-def test_a_worker_of_its_own_is_told_when_the_server_has_the_collections(tmp_path: Path) -> None:
-    file = configured(tmp_path, MODELS)
-    with jobs_server(file):
-        run = [sys.executable, "-m", "mlx_embeddings_server.main", "worker", "--config", str(file)]
-        ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2 and "another process uses" in ended.stderr
+        with pytest.raises(SettingsError, match=told):
+            create_app(load_settings({"config": str(file), **setting}), load=load)
 
 
 @pytest.mark.parametrize("broken", ["jobs.sqlite3", "queue.sqlite3"])
-def test_files_that_are_not_ours_are_told_at_the_start(tmp_path: Path, broken: str) -> None:
+def test_files_that_are_not_ours_are_told(tmp_path: Path, broken: str) -> None:
+    (tmp_path / broken).write_bytes(b"no database " * 100)
+    with pytest.raises((RecordsBroken, UnusableQueue), match=f"{broken}: .*not a database"):
+        if broken == "jobs.sqlite3":
+            Records(tmp_path / broken)
+        else:
+            open_queue(None, tmp_path, "reembed", None)
+
+
+def test_jobs_that_cannot_be_opened_are_told_at_the_start(tmp_path: Path) -> None:
     file = configured(tmp_path, MODELS)
     folder = tmp_path / "collections" / "chroma" / "jobs"
     folder.mkdir(parents=True)
-    (folder / broken).write_bytes(b"no database " * 100)
-    run = [sys.executable, "-m", "tests.jobs", "serve", "--config", str(file)]
-    ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
-    assert ended.returncode != 0 and broken in ended.stderr
+    (folder / "jobs.sqlite3").write_bytes(b"no database " * 100)
+    ended = launched("--config", str(file))
+    assert ended.returncode == 2 and "jobs.sqlite3: " in ended.stderr
+
+
+def launched(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    run = [sys.executable, "-m", "mlx_embeddings_server.main", *arguments]
+    return subprocess.run(run, capture_output=True, text=True, timeout=60)

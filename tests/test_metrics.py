@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mlx_embeddings_server.engine.worker import BatchStats
 from mlx_embeddings_server.metrics import Metrics
 from mlx_embeddings_server.ratelimit import Counters, RateLimits
+from tests.jobs import schedule, until
 from tests.scripted import scripted_server
 from tests.server import Server
 from tests.upstream import always, good, providers_server, upstream
@@ -39,6 +41,13 @@ def value(server: Server, name: str, **labels: str) -> float:
     return sum(number for of_sample, number in found if labels.items() <= of_sample.items())
 
 
+def embed_anew(client: httpx.Client) -> None:
+    """A job of two documents."""
+    client.post("/v1/collections", json={"name": "notes", "embedding_model": "toy"}).raise_for_status()
+    client.post("/v1/collections/notes/documents", json={"documents": ["a", "b"]}).raise_for_status()
+    until(client, schedule(client, collection="notes", embedder_version="toy"), "completed")
+
+
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with all that can be counted, after traffic of every kind."""
@@ -49,7 +58,9 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         models: dict[str, dict[str, Any]] = {name: {"name": "m", "provider": name, "dimensions": 8} for name in pages}
         models["down"]["fallback"] = ["up"]
         settings: dict[str, Any] = {"cache": True, "cache_url": f"file://{folder / 'cache'}", "rate_limit_tokens": 90}
+        settings |= {"collections": "chroma", "collections_path": str(folder / "kept"), "reembed_worker": True}
         with providers_server(folder, providers, models, **settings) as server:
+            embed_anew(server.client)
             for text in ("one", "two words", "one", "fail here"):
                 server.embed([text, "work 0.01", "a longer text than the others are"], "toy")
             for text in ("a", "b", "c"):
@@ -81,6 +92,20 @@ def test_what_goes_to_providers_is_counted(busy: Server) -> None:
               if labels["provider"] == "down"}  # fmt: skip
     assert states == {"closed": 0, "open": 1, "half_open": 0}
     assert value(busy, "provider_circuit_failures", provider="down") == 2
+
+
+def test_jobs_are_counted_by_what_became_of_them(busy: Server) -> None:
+    counts = {
+        status: value(busy, "reembed_jobs_finished_total", status=status)
+        for status in ("completed", "failed", "cancelled")
+    }
+    assert counts == {"completed": 1, "failed": 0, "cancelled": 0}
+    assert [value(busy, "reembed_jobs", status=status) for status in ("queued", "running")] == [0, 0]
+    assert value(busy, "reembed_documents_total") == 2
+    assert 0 < value(busy, "reembed_job_seconds_total", status="completed") < 60
+    assert value(busy, "reembed_oldest_job_seconds") == 0
+    told = busy.client.get("/api/v1/embeddings/metrics").json()
+    assert told["counters"]["mlx_embeddings_reembed_documents_total"] == [{"labels": {}, "value": 2}]
 
 
 def test_batches_and_their_fill_are_counted(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What a job is, and what can be wrong with asking for one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -32,6 +32,11 @@ class JobsUnavailable(ApiError):
 
     status = 503
     code = "jobs_unavailable"
+
+
+class JobsFull(JobsUnavailable):
+    status = 507
+    code = "jobs_full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +100,13 @@ class Job:
     def is_same_work(self, order: Order) -> bool:
         own = (self.owner, self.collection, self.media_id, self.model, self.truncate)
         return own == (order.owner, order.collection, order.media_id, order.model, order.truncate)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """For metrics: of all workers together."""
+
+    unfinished: Mapping[str, int]  # jobs, by their status
+    finished: Mapping[str, tuple[int, float]]  # jobs and the seconds that they took, by their status, since the first
+    documents: int  # done, since the first
+    oldest_seconds: float  # since the oldest unfinished job was asked for; 0 where there is none

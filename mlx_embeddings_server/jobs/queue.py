@@ -48,29 +48,35 @@ class Queue:
 
         self._task = expand_reembed
 
-    def put(self, uuid: str, priority: int, delay: float = 0.0) -> None:
-        """`delay` in seconds. Raises `QueueUnavailable`."""
-        task = self._task.s(uuid, priority=-priority)  # huey's largest comes first
+    def put(self, uuid: str, priority: int) -> None:
+        """Raises `QueueUnavailable`."""
         try:
-            if delay:
-                self._task.schedule((uuid,), delay=delay, priority=-priority)
-            else:
-                self._huey.enqueue(task)
+            self._huey.enqueue(self._task.s(uuid, priority=-priority))  # huey's largest comes first
         except self._errors as error:
             raise QueueUnavailable(f"{type(error).__name__}: {error}") from error
 
     def waiting(self) -> set[str]:
         """The uuids of the jobs that are in the queue. Raises `QueueUnavailable`."""
         try:
-            return {task.args[0] for task in (*self._huey.pending(), *self._huey.scheduled())}
+            return {task.args[0] for task in self._huey.pending()}
         except self._errors as error:
             raise QueueUnavailable(f"{type(error).__name__}: {error}") from error
 
     def consumer(self) -> Consumer:
-        """One thread that takes jobs, one after the other, and one that puts those in whose time has come."""
+        """A thread that takes jobs, one after the other, and huey's scheduler, which has nothing to do here."""
+        for thread in ("Worker", "Scheduler"):  # they look again and again; that the queue is away is told by `waiting`
+            logging.getLogger(f"huey.consumer.{thread}").addFilter(self._is_news)
         return _Consumer(
-            self._huey, workers=1, periodic=False, initial_delay=_POLL_FIRST, max_delay=_POLL_MOST, scheduler_interval=1
+            self._huey,
+            workers=1,
+            periodic=False,
+            initial_delay=_POLL_FIRST,
+            max_delay=_POLL_MOST,
+            scheduler_interval=60,
         )
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        return record.exc_info is None or not isinstance(record.exc_info[1], self._errors)
 
     def close(self) -> None:
         self._huey.storage.close()

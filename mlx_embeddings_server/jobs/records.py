@@ -8,7 +8,6 @@ A job is one worker's from `take` to `give_back` or `finish`. Each change in bet
 
 import json
 import sqlite3
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from mlx_embeddings_server.errors import quoted
-from mlx_embeddings_server.jobs.base import UNFINISHED, Job, JobConflict, JobNotFound, JobsUnavailable, Order, Target
+from mlx_embeddings_server.jobs.base import (
+    UNFINISHED,
+    Job,
+    JobConflict,
+    JobNotFound,
+    JobsFull,
+    JobsUnavailable,
+    Order,
+    Target,
+    Totals,
+)
+from mlx_embeddings_server.sqlite_file import LaterVersion, SqliteFile, is_full
 
-_SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL UNIQUE, status TEXT NOT NULL, owner BLOB NOT NULL,
@@ -31,12 +40,29 @@ CREATE TABLE jobs (
     not_before REAL NOT NULL DEFAULT 0, created_at REAL NOT NULL, started_at REAL, finished_at REAL
 );
 CREATE UNIQUE INDEX one_unfinished ON jobs (dedupe_key) WHERE status IN ('queued', 'running');
-CREATE INDEX by_status ON jobs (status);
+CREATE INDEX in_turn ON jobs (status, priority, id);
+-- Of all workers, and also of jobs that are no longer kept.
+CREATE TABLE totals (status TEXT PRIMARY KEY, jobs INTEGER NOT NULL, seconds REAL NOT NULL);
+INSERT INTO totals VALUES ('completed', 0, 0), ('failed', 0, 0), ('cancelled', 0, 0);
+CREATE TRIGGER job_finished AFTER UPDATE OF status ON jobs WHEN new.status IN ('completed', 'failed', 'cancelled') BEGIN
+    UPDATE totals SET jobs = jobs + 1,
+        seconds = seconds + max(0, new.finished_at - coalesce(new.started_at, new.finished_at))
+        WHERE status = new.status;
+END;
+CREATE TABLE documents (done INTEGER NOT NULL);
+INSERT INTO documents VALUES (0);
+CREATE TRIGGER documents_done AFTER UPDATE OF done ON jobs WHEN new.done > old.done BEGIN
+    UPDATE documents SET done = done + new.done - old.done;
+END;
 """
 _COLUMNS = ", ".join(field.name for field in fields(Job))
 _KEPT = 10_000  # finished jobs
 # Seconds until a job is looked at again whose collection another job is at.
 _TURN_PAUSE = 2.0
+# Nobody waits longer: where it seems so, the clock was set back.
+LONGEST_PAUSE = 300.0
+_IS_DUE = f"status = 'queued' AND (not_before <= ?1 OR not_before > ?1 + {LONGEST_PAUSE})"  # ?1: now
+_MOST_DUE = 100  # more than a worker does between two looks
 
 
 class RecordsBroken(Exception):
@@ -52,49 +78,25 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         """Raises `RecordsBroken`."""
-        self._lock = threading.Lock()
         try:
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-        except sqlite3.Error as error:
+            self._file = SqliteFile(path, [_SCHEMA])
+        except (sqlite3.Error, LaterVersion) as error:
             raise RecordsBroken(f"{path}: {error}") from error
-        try:
-            self._open()
-        except (sqlite3.Error, RecordsBroken) as error:
-            self._database.close()
-            raise RecordsBroken(f"{path}: {error}") from error
-
-    def _open(self) -> None:
-        execute = self._database.execute
-        execute("PRAGMA journal_mode=WAL")
-        execute("PRAGMA synchronous=FULL")
-        execute("BEGIN IMMEDIATE")
-        (version,) = execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            for statement in _SCHEMA.split(";"):
-                execute(statement)
-            execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-        execute("COMMIT")
-        if version > _SCHEMA_VERSION:
-            raise RecordsBroken("was written by a later version of mlx-embeddings-server")
 
     def close(self) -> None:
-        with self._lock:
-            self._database.close()
+        self._file.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, and on the disk afterwards. Raises `JobsUnavailable`."""
-        with self._lock:
-            try:
-                self._database.execute("BEGIN IMMEDIATE")
-                try:
-                    yield self._database
-                    self._database.execute("COMMIT")
-                finally:
-                    if self._database.in_transaction:
-                        self._database.execute("ROLLBACK")
-            except sqlite3.Error as error:
-                raise JobsUnavailable(f"the jobs' records cannot be used now: {error}") from error
+        with _told(), self._file.transaction() as database:
+            yield database
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Without waiting for those who write. Raises `JobsUnavailable`."""
+        with _told(), self._file.reading() as database:
+            yield database
 
     # For those who ask for jobs.
 
@@ -129,13 +131,13 @@ class Records:
 
     def get(self, name: str) -> Job:
         """By id or uuid. Raises `JobNotFound`."""
-        with self._transaction() as database:
+        with self._reading() as database:
             return _get(database, name)
 
     def all_of(self, status: str | None, limit: int, offset: int) -> tuple[list[Job], int]:
         """A page of them, the newest first, and how many there are."""
         condition, values = ("status = ?", (status,)) if status else ("1", ())
-        with self._transaction() as database:
+        with self._reading() as database:
             (count,) = database.execute(f"SELECT count(*) FROM jobs WHERE {condition}", values).fetchone()
             page = f"{condition} ORDER BY id DESC LIMIT ? OFFSET ?"
             return _select(database, page, *values, limit, offset), count
@@ -156,18 +158,32 @@ class Records:
                 database.execute("UPDATE jobs SET cancelling = 1, not_before = 0 WHERE id = ?", (job.id,))
             return _get(database, str(job.id))
 
+    def totals(self) -> Totals:
+        """Takes a fraction of a millisecond."""
+        with self._reading() as database:
+            counts = dict(
+                database.execute(
+                    "SELECT status, count(*) FROM jobs WHERE status IN ('queued', 'running') GROUP BY status"
+                )
+            )
+            ((oldest,),) = database.execute("SELECT min(created_at) FROM jobs WHERE status IN ('queued', 'running')")
+            ((documents,),) = database.execute("SELECT done FROM documents")
+            finished = {status: (jobs, seconds) for status, jobs, seconds in database.execute("SELECT * FROM totals")}
+        age = 0.0 if oldest is None else max(0.0, time.time() - oldest)
+        return Totals({status: counts.get(status, 0) for status in UNFINISHED}, finished, documents, age)
+
     # For workers.
 
     def due(self) -> list[Job]:
-        """Those that no worker has and none has to wait with, in the order in which they are to be done."""
-        with self._transaction() as database:
-            return _select(database, "status = 'queued' AND not_before <= ? ORDER BY priority, id", time.time())
+        """The first of those that no worker has and none has to wait with, in the order of their turns."""
+        with self._reading() as database:
+            return _select(database, f"{_IS_DUE} ORDER BY priority, id LIMIT {_MOST_DUE}", time.time())
 
     def take(self, uuid: str, worker: str) -> Job | None:
         """None: it is not to be done now. One job at a time has a collection; the others wait."""
         now = time.time()
         with self._transaction() as database:
-            found = _select(database, "uuid = ? AND status = 'queued' AND not_before <= ?", uuid, now)
+            found = _select(database, f"{_IS_DUE} AND uuid = ?2", now, uuid)
             if not found:
                 return None
             (job,) = found
@@ -193,7 +209,7 @@ class Records:
         self._change(job, worker, f"done = ?, total = ?{forgiven}", done, total)
 
     def is_cancelling(self, job: Job) -> bool:
-        with self._transaction() as database:
+        with self._reading() as database:
             return bool(_select(database, "id = ? AND cancelling", job.id))
 
     def finish(self, job: Job, worker: str, status: str, error: str | None = None) -> None:
@@ -211,7 +227,7 @@ class Records:
         """Those whose worker was killed, or gave up without a word, are queued again. It counts as a failure until
         something is done.
         """
-        with self._transaction() as database:
+        with self._reading() as database:
             running = _select(database, "status = 'running'")
         released = []
         for job in running:
@@ -237,20 +253,33 @@ class Records:
             raise NotMine(job.uuid)
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises `JobsUnavailable` for SQLite's errors."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if is_full(error):
+            raise JobsFull("the disk of the jobs' records is full: nothing was changed") from error
+        raise JobsUnavailable(f"the jobs' records cannot be used now: {error}") from error
+
+
 def _same(database: sqlite3.Connection, order: Order) -> Job | None:
     """The idempotency key's job, whatever became of it; else the dedupe key's that is not finished."""
     if order.idempotency_key is not None:
         for job in _select(database, "idempotency_key = ?", order.idempotency_key):
-            if not job.is_same_work(order):
-                raise JobConflict(
-                    f"the idempotency_key is that of the job {job.id}, which is other work: send another key",
-                    param="idempotency_key",
-                )
-            return job
+            return _checked(job, order, "idempotency_key")
     if order.dedupe_key is not None:
         for job in _select(database, "dedupe_key = ? AND status IN ('queued', 'running')", order.dedupe_key):
-            return job
+            return _checked(job, order, "dedupe_key")
     return None
+
+
+def _checked(job: Job, order: Order, key: str) -> Job:
+    if not job.is_same_work(order):
+        message = f"the {key} is that of the job {job.id}, which is other work: send another key"
+        raise JobConflict(message, param=key)
+    return job
 
 
 def _get(database: sqlite3.Connection, name: str) -> Job:

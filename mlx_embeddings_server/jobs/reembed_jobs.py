@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mlx_embeddings_server.collection_service import CollectionService
 from mlx_embeddings_server.errors import NotFound
-from mlx_embeddings_server.jobs.base import Job, JobConflict, Order
+from mlx_embeddings_server.jobs.base import Job, JobConflict, JobsUnavailable, Order, Totals
 from mlx_embeddings_server.jobs.liveness import Liveness
 from mlx_embeddings_server.jobs.queue import Queue, QueueUnavailable, UnusableQueue, open_queue
 from mlx_embeddings_server.jobs.records import Records, RecordsBroken
@@ -72,6 +72,13 @@ class ReembedJobs:
     async def all_of(self, status: str | None, limit: int, offset: int) -> tuple[list[Job], int]:
         """A page, the newest first, and how many there are."""
         return await asyncio.to_thread(self._records.all_of, status, limit, offset)
+
+    def totals(self) -> Totals | None:
+        """For metrics. None: the records cannot be read now."""
+        try:
+            return self._records.totals()
+        except JobsUnavailable:
+            return None
 
     async def cancel(self, name: str) -> Job:
         """What a worker has begun ends within a part of its documents. Raises `JobNotFound`, `JobConflict`."""

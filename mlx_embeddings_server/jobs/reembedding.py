@@ -5,23 +5,25 @@ further, and a collection whose version is another than the job has noted has be
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from mlx_embeddings_server.collection_service import CollectionService
 from mlx_embeddings_server.errors import ApiError, InternalError, InvalidRequest, NotFound, Overloaded, PermissionDenied
-from mlx_embeddings_server.jobs.base import Job
+from mlx_embeddings_server.jobs.base import Job, Target
 from mlx_embeddings_server.jobs.interruption import Interruption
 from mlx_embeddings_server.jobs.records import Records
 from mlx_embeddings_server.model import Model
 from mlx_embeddings_server.models import Models
 from mlx_embeddings_server.stores.base import (
+    Collection,
     CollectionNotFound,
     Document,
     EmbeddedDocument,
     EmbeddingFacts,
     InvalidValue,
+    Mismatch,
     Version,
     Waiting,
 )
@@ -82,47 +84,55 @@ class Reembedding:
         except (NotFound, PermissionDenied) as error:
             raise JobFailed(str(error)) from error
         facts = await self._interruption.unless(self._facts_of(model))
-        for target in self._targets:
-            with self._may_be_gone():
+        left = []
+        for place, target in enumerate(self._targets):
+            async with self._may_be_gone(target.collection):
                 stats = await self._store.stats(self._job.owner, target.collection)
                 self._counts[target.collection] = stats.count
-        for place, target in enumerate(self._targets):
-            if target.collection in self._counts:
-                with self._may_be_gone():
-                    await self._replace(place, model, facts)
+                if _is_switched(target, stats.collection, facts):
+                    self._done += stats.count
+                else:
+                    left.append(place)
+        for place in left:
+            async with self._may_be_gone(self._targets[place].collection):
+                await self._replace(place, model, facts)
 
     async def _facts_of(self, model: Model) -> EmbeddingFacts:
         async with model:
             return self._parts.collections.facts_of(model)
 
-    @contextmanager
-    def _may_be_gone(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _may_be_gone(self, name: str) -> AsyncIterator[None]:
         """Of several collections, one that was deleted meanwhile is nobody's loss."""
         try:
             yield
-        except CollectionNotFound:
-            if self._job.collection is not None:
+        except (CollectionNotFound, Mismatch) as error:
+            try:
+                await self._store.get(self._job.owner, name)
+            except CollectionNotFound as gone:
+                if self._job.collection is not None:
+                    raise JobFailed(str(gone)) from error
+                self._counts.pop(name, None)
+            else:
                 raise
 
     async def _replace(self, place: int, model: Model, facts: EmbeddingFacts) -> None:
         """One collection's version."""
         name, owner, begun = self._targets[place].collection, self._job.owner, self._targets[place].version
         found = await self._store.get(owner, name)
-        is_switched = begun not in (None, found.current.number) and not facts.difference(found.facts)
-        if not is_switched:
-            if begun != found.current.number:  # not begun, or another job came between and gave it another model
-                self._targets[place] = replace(self._targets[place], version=found.current.number)
-                await asyncio.to_thread(self._parts.records.note, self._job, self._worker, targets=self._targets)
-            if found.filling is not None and found.filling.facts.difference(facts):
-                await self._store.abandon(found.filling)  # of a job that is no more: this one has the collection
-            version = await self._store.begin_version(owner, name, facts)
-            while True:
-                waiting = await self._store.waiting(owner, name, version)
-                await self._note(name, len(waiting), moved=False)
-                if waiting:
-                    await self._fill(name, model, version, waiting)
-                elif await self._store.switch(owner, name, version):
-                    break
+        if begun != found.current.number:  # not begun, or another job came between and gave it another model
+            self._targets[place] = replace(self._targets[place], version=found.current.number)
+            await asyncio.to_thread(self._parts.records.note, self._job, self._worker, targets=self._targets)
+        if found.filling is not None and found.filling.facts.difference(facts):
+            await self._store.abandon(found.filling)  # of a job that is no more: this one has the collection
+        version = await self._store.begin_version(owner, name, facts)
+        while True:
+            waiting = await self._store.waiting(owner, name, version)
+            await self._note(name, len(waiting), moved=False)
+            if waiting:
+                await self._fill(name, model, version, waiting)
+            elif await self._store.switch(owner, name, version):
+                break
         await self._note(name, 0, moved=True)
         self._done += self._counts[name]
 
@@ -181,6 +191,11 @@ class Reembedding:
         self._counts[name] = max(self._counts[name], left)
         done, total = self._done + self._counts[name] - left, sum(self._counts.values())
         await asyncio.to_thread(self._parts.records.progress, self._job, self._worker, done, total, moved=moved)
+
+
+def _is_switched(target: Target, found: Collection, facts: EmbeddingFacts) -> bool:
+    """By an earlier attempt, which was ended before the job's record said so."""
+    return target.version not in (None, found.current.number) and not facts.difference(found.facts)
 
 
 def _parts(taken: Sequence[Waiting], by_id: Mapping[str, Document], budget: int) -> Iterator[list[Waiting]]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from concurrent.futures import CancelledError
 from contextlib import suppress
 
@@ -11,7 +12,7 @@ from mlx_embeddings_server.jobs.base import Job, JobsUnavailable
 from mlx_embeddings_server.jobs.interruption import Interrupted, Interruption
 from mlx_embeddings_server.jobs.liveness import Liveness
 from mlx_embeddings_server.jobs.queue import Queue, QueueUnavailable
-from mlx_embeddings_server.jobs.records import NotMine
+from mlx_embeddings_server.jobs.records import LONGEST_PAUSE, NotMine
 from mlx_embeddings_server.jobs.reembedding import JobDelayed, JobFailed, Parts, Reembedding, is_temporary
 from mlx_embeddings_server.stores.base import CollectionNotFound
 
@@ -19,8 +20,8 @@ log = logging.getLogger(__name__)
 
 _SWEEP_PAUSE = 1.0  # seconds between two looks for jobs that no worker has and no message names
 _WATCH_PAUSE = 0.5  # seconds between two looks whether the job that runs was cancelled
-# Seconds before a job that failed is tried again, doubled with each failure in a row, and the most.
-_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 300.0
+_SWEEP_SHARE = 0.05  # of the time, at most, where the queue is so long that a look takes its time
+_FIRST_PAUSE = 2.0  # seconds before a job that failed is tried again, doubled with each failure in a row
 # Seconds that what was begun has to end, when the worker stops: the store's reply, at most.
 _STOP_TIMEOUT = 20.0
 _NO_MESSAGE = "an unexpected error: the server's log has it"
@@ -41,12 +42,10 @@ class Worker:
         self._idle = asyncio.Event()
         self._idle.set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._queue: Queue | None = None
         self._queue_is_there = True
 
     async def start(self, queue: Queue) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue = queue
         await asyncio.to_thread(self._liveness.clean_up)
         self._consumer = queue.consumer()
         self._consumer.start()
@@ -149,13 +148,10 @@ class Worker:
             await self._end(job, "failed", str(error))
             return
         told = float(error.headers.get("Retry-After", 0)) if isinstance(error, ApiError) else 0.0
-        pause = min(max(_FIRST_PAUSE * 2 ** (failures - 1), told), _LONGEST_PAUSE)
+        pause = min(max(_FIRST_PAUSE * 2 ** (failures - 1), told), LONGEST_PAUSE)
         log.warning("job %d failed for the %d. time, and is tried again in %d s: %s", job.id, failures, pause, error)
-        back = self._records.give_back
+        back = self._records.give_back  # a sweep puts it in when the pause is over
         await asyncio.to_thread(back, job, self._liveness.name, error=str(error), pause=pause)
-        assert self._queue is not None
-        with suppress(QueueUnavailable):  # it is put in when the pause is over
-            await asyncio.to_thread(self._queue.put, job.uuid, job.priority, pause)
 
     async def _end(self, job: Job, status: str, error: str | None = None) -> None:
         """Without its result: what it has begun is dropped first, so that a kill in between leaves it to be ended."""
@@ -176,14 +172,17 @@ class Worker:
 
     async def _sweep_for_ever(self, queue: Queue) -> None:
         while True:
+            started = time.monotonic()
             try:
                 await asyncio.to_thread(self._sweep, queue)
+                if not self._queue_is_there:
+                    log.info("jobs go on: their records and the queue are there again")
                 self._queue_is_there = True
             except (JobsUnavailable, QueueUnavailable) as error:
                 if self._queue_is_there:
                     log.error("jobs wait: %s", error)
                 self._queue_is_there = False
-            await asyncio.sleep(_SWEEP_PAUSE)
+            await asyncio.sleep(max(_SWEEP_PAUSE, (time.monotonic() - started) / _SWEEP_SHARE))
 
     def _is_held(self, job: Job) -> bool:
         if job.worker == self._liveness.name:
@@ -194,12 +193,10 @@ class Worker:
         """Raises `JobsUnavailable` or `QueueUnavailable`."""
         for job in self._records.release(self._is_held):
             log.warning("job %d goes on: the process that ran it ended", job.id)
-        due = self._records.due()
-        if due:
-            named = queue.waiting()
-            for job in due:
-                if job.uuid not in named:
-                    queue.put(job.uuid, job.priority)
+        due, named = self._records.due(), queue.waiting()
+        for job in due:
+            if job.uuid not in named:
+                queue.put(job.uuid, job.priority)
 
 
 def _names(job: Job) -> str:

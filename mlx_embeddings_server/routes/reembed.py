@@ -43,18 +43,18 @@ async def schedule(request: Request) -> Response:
     user = caller_of(request).name if body.user_id is None else str(body.user_id)
     model = _model_of(runtime, body)
     order = Order(
-        runtime.collections.owner_of(Caller(user, is_admin=False)),
-        model.name,
-        model.spec.provider,
-        body.priority,
-        body.collection,
-        body.media_id,
-        None if body.user_id is None else user,
-        body.idempotency_key,
-        body.dedupe_key,
-        body.operation_id,
-        body.user_tier,
-        truncate_of(body.truncate),
+        owner=runtime.collections.owner_of(Caller(user, is_admin=False)),
+        model=model.name,
+        provider=model.spec.provider,
+        priority=body.priority,
+        collection=body.collection,
+        media_id=body.media_id,
+        user_id=None if body.user_id is None else user,
+        idempotency_key=body.idempotency_key,
+        dedupe_key=body.dedupe_key,
+        operation_id=body.operation_id,
+        user_tier=body.user_tier,
+        truncate=truncate_of(body.truncate),
     )
     return json_reply(_described(await jobs.schedule(order)))
 
