@@ -7,11 +7,13 @@ import socket
 import sys
 import time
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 
 from mlx_embeddings_backends import detect
 from mlx_embeddings_server.app import create_app
+from mlx_embeddings_server.ending import end_process
 from mlx_embeddings_server.http_protocol import BoundedHttpProtocol
 from mlx_embeddings_server.logs import configure_logging
 from mlx_embeddings_server.runtime import Runtime
@@ -24,8 +26,8 @@ log = logging.getLogger(__name__)
 _LAST_STEPS_TIMEOUT = 1
 
 
-def serve(settings: Settings, *, load: Load = detect.load) -> None:
-    """Load the models, then open the port; return after a signal. Raises `SettingsError` or `ModelError`."""
+def serve(settings: Settings, *, load: Load = detect.load) -> NoReturn:
+    """Load the models, then open the port; the process ends after a signal. Raises `SettingsError` or `ModelError`."""
     configure_logging(settings.log_format)
     # Bound now, so that a port in use is told at once; listening, and so open to clients, when the models are loaded.
     listener = _bind(settings.host, settings.port)
@@ -44,8 +46,7 @@ def serve(settings: Settings, *, load: Load = detect.load) -> None:
         timeout_graceful_shutdown=_LAST_STEPS_TIMEOUT,
     )
     DrainingServer(config, runtime).run(sockets=[listener])
-    if not runtime.models.close():
-        os._exit(0)  # a batch still runs, for nobody: Python would abort when it exits under a thread in native code
+    end_process(is_idle=runtime.models.close())
 
 
 class DrainingServer(uvicorn.Server):

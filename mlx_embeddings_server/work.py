@@ -4,9 +4,11 @@ import asyncio
 import logging
 import os
 import signal
+from typing import NoReturn
 
 from mlx_embeddings_backends import detect
 from mlx_embeddings_server.app import create_app
+from mlx_embeddings_server.ending import end_process
 from mlx_embeddings_server.logs import configure_logging
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.served_model import Load
@@ -15,8 +17,8 @@ from mlx_embeddings_server.settings import Settings, SettingsError
 log = logging.getLogger(__name__)
 
 
-def work(settings: Settings, *, load: Load = detect.load) -> None:
-    """Until a signal; a second one ends it at once. Raises `SettingsError` or `ModelError`."""
+def work(settings: Settings, *, load: Load = detect.load) -> NoReturn:
+    """Until a signal, then the process ends; at a second one at once. Raises `SettingsError` or `ModelError`."""
     configure_logging(settings.log_format)
     if settings.collections is None:
         raise SettingsError("a worker needs --collections, and the same --collections-path as the server")
@@ -38,5 +40,4 @@ def work(settings: Settings, *, load: Load = detect.load) -> None:
             await stopped.wait()
 
     asyncio.run(live())
-    if not runtime.models.close():
-        os._exit(0)  # as when serving: a batch still runs, for nobody
+    end_process(is_idle=runtime.models.close())

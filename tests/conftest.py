@@ -1,7 +1,9 @@
 """Servers that many tests share: started once in a run, and by each of pytest-xdist's workers that needs them."""
 
+import atexit
 import gc
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from tests.server import MINILM, Server
+from tests.server import ALL_THREADS, MINILM, Server
 
 DATA = Path(__file__).parent / "data"
+
+# Workers side by side, and the servers they start, compute tiny models: on one thread each, as threads that wait for
+# one another on processors that others use took a third of the time. A run in one process (`-n 0`) has all threads.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What test modules import is half a million objects that stay: the collector need not look through them while they
 # come, nor again and again later, which took a tenth of the tests' time and more.
@@ -25,14 +32,14 @@ def pytest_runtestloop() -> None:
     gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or nanobind prints a page of leaks
+# At the very end, behind the collections that pytest makes when it is done; or nanobind prints a page of leaks.
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """all-MiniLM-L6-v2, the real one, in float32."""
-    with Server("--model", MINILM, "--dtype", "float32") as server:
+    """all-MiniLM-L6-v2, the real one, in float32, on all threads."""
+    with Server("--model", MINILM, "--dtype", "float32", environment=ALL_THREADS) as server:
         yield server
 
 

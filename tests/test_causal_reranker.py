@@ -1,38 +1,30 @@
 """Rerankers that are a language model, on torch, against sentence-transformers' own `predict`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder
 from torch import nn
 
 from mlx_embeddings_backends import detect
-from mlx_embeddings_backends.base import DType, Item, Pair, Truncate
+from mlx_embeddings_backends.base import DType, Truncate
 from mlx_embeddings_backends.errors import EmptyInput, InputTooLong
 from mlx_embeddings_server.engine.engine import Engine
-from tests.checkpoints import WORDS
 from tests.parity import embed, embed_singly, load
 from tests.rerank_checkpoints import CHAT, CHAT_TOKENS, causal_reranker, chat_reranker
+from tests.rerank_parity import items, largest, raw, reference, words
 from tests.server import Server
 
 TOLERANCE = 1e-4  # of a score, in float32
 CUTS: tuple[Truncate, Truncate] = ("end", "start")
 # Measured over all architectures: 0.059 and 0.0070 (llama), of scores that are 1 apart.
 HALF_PRECISION: dict[DType, float] = {"bfloat16": 0.1, "float16": 0.012}
-
-Scores = NDArray[np.float32]
-
-
-def words(count: int, seed: int = 0) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS[:-1], count))
-
 
 PAIRS = [
     ("the", "river"),
@@ -47,20 +39,6 @@ PAIRS = [
 ]
 
 
-def items(pairs: Sequence[tuple[str, str]] = PAIRS, prompt: str = "") -> list[Item]:
-    return [Item(Pair(*pair), prompt) for pair in pairs]
-
-
-def reference(folder: Path) -> CrossEncoder:
-    library: CrossEncoder = CrossEncoder(str(folder), device="cpu", local_files_only=True)
-    return library
-
-
-def raw(library: CrossEncoder, pairs: Sequence[tuple[str, str]] = PAIRS, **options: Any) -> Scores:
-    """The library's scores without an activation, [pairs, 1]."""
-    return np.asarray(library.predict(list(pairs), activation_fn=nn.Identity(), **options))[:, None]
-
-
 def transformer(library: CrossEncoder) -> Any:
     return library[0]
 
@@ -68,10 +46,6 @@ def transformer(library: CrossEncoder) -> Any:
 def token_ids(library: CrossEncoder, pair: tuple[str, str], prompt: str | None = None) -> list[int]:
     """What the library gives its model for a pair alone."""
     return list(library.preprocess([pair], prompt=prompt)["input_ids"][0].tolist())
-
-
-def largest(difference: Scores) -> float:
-    return float(np.abs(difference).max())
 
 
 @pytest.mark.parametrize("chat", [None, CHAT], ids=["text", "chat"])
@@ -82,12 +56,14 @@ def test_scores_of_every_architecture_equal_sentence_transformers(
     folder = chat_reranker(tmp_path, model_type, chat=chat)
     backend, library = load(folder), reference(folder)
     assert ("message" in transformer(library).modality_config) == (chat is not None)
-    scores, expected = embed(backend, items()), raw(library)
+    scores, expected = embed(backend, items(PAIRS)), raw(library, PAIRS)
     assert scores.dtype == np.float32 and scores.shape == (len(PAIRS), 1)
     assert expected.std() > 0.05  # or equality would say little
     assert largest(scores - expected) < TOLERANCE
-    assert largest(scores - embed_singly(backend, items())) < TOLERANCE
-    assert [each.payload.ids.tolist() for each in backend.prepare(items())] == [token_ids(library, p) for p in PAIRS]
+    assert largest(scores - embed_singly(backend, items(PAIRS))) < TOLERANCE
+    assert [each.payload.ids.tolist() for each in backend.prepare(items(PAIRS))] == [
+        token_ids(library, p) for p in PAIRS
+    ]
     info = backend.info
     assert (info.outputs, info.dimensions, info.max_tokens) == (("rerank",), 1, CHAT_TOKENS)
     assert info.vocabulary_size == transformer(library).config.vocab_size
@@ -97,13 +73,13 @@ def test_one_token_alone_and_tied_weights(tmp_path: Path) -> None:
     both: list[dict[str, Any]] = [{"false_token_id": None}, {"tie_word_embeddings": True}]
     for place, options in enumerate(both):
         folder = chat_reranker(tmp_path / str(place), **options)
-        assert largest(embed(load(folder), items()) - raw(reference(folder))) < TOLERANCE
+        assert largest(embed(load(folder), items(PAIRS)) - raw(reference(folder), PAIRS)) < TOLERANCE
 
 
 def test_what_the_model_does_to_its_logits_is_done(tmp_path: Path) -> None:
     folder = chat_reranker(tmp_path, "gemma3_text", final_logit_softcapping=0.5, use_bidirectional_attention=False)
-    expected = raw(reference(folder))
-    assert largest(expected) < 1 and largest(embed(load(folder), items()) - expected) < TOLERANCE
+    expected = raw(reference(folder), PAIRS)
+    assert largest(expected) < 1 and largest(embed(load(folder), items(PAIRS)) - expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -113,7 +89,7 @@ def test_the_activation_is_the_checkpoints(activation: nn.Module | None, named: 
     folder = chat_reranker(tmp_path, options={"activation_fn": activation})
     backend = load(folder)
     assert backend.info.score_activation == named
-    scores = embed(backend, items())[:, 0]
+    scores = embed(backend, items(PAIRS))[:, 0]
     relevance = 1 / (1 + np.exp(-scores)) if named == "sigmoid" else scores
     assert largest(relevance - reference(folder).predict(PAIRS)) < TOLERANCE
 
@@ -125,9 +101,11 @@ def test_a_prompt_is_the_systems_message_or_stands_before_the_query(chat: str | 
     backend, library = load(folder), reference(folder)
     assert backend.info.prompts == prompts and backend.info.default_prompt == "query"
     for name, prompt in prompts.items():
-        assert largest(embed(backend, items(prompt=prompt)) - raw(library, prompt_name=name)) < TOLERANCE
-        assert backend.prepare(items(prompt=prompt))[0].payload.ids.tolist() == token_ids(library, PAIRS[0], prompt)
-    assert largest(raw(library, prompt_name="query") - raw(library, prompt_name="none")) > 0.01
+        assert largest(embed(backend, items(PAIRS, prompt=prompt)) - raw(library, PAIRS, prompt_name=name)) < TOLERANCE
+        assert backend.prepare(items(PAIRS, prompt=prompt))[0].payload.ids.tolist() == token_ids(
+            library, PAIRS[0], prompt
+        )
+    assert largest(raw(library, PAIRS, prompt_name="query") - raw(library, PAIRS, prompt_name="none")) > 0.01
 
 
 STRUCTURED = (
@@ -142,8 +120,10 @@ def test_messages_of_parts_and_what_the_checkpoint_gives_its_template(tmp_path: 
     folder = chat_reranker(tmp_path, chat=STRUCTURED, processing=given)
     backend, library = load(folder), reference(folder)
     assert transformer(library).input_formatter.message_format == "structured"
-    assert largest(embed(backend, items()) - raw(library)) < TOLERANCE
-    assert [each.payload.ids.tolist() for each in backend.prepare(items())] == [token_ids(library, p) for p in PAIRS]
+    assert largest(embed(backend, items(PAIRS)) - raw(library, PAIRS)) < TOLERANCE
+    assert [each.payload.ids.tolist() for each in backend.prepare(items(PAIRS))] == [
+        token_ids(library, p) for p in PAIRS
+    ]
     assert backend.info.max_tokens == 200
     assert backend.prepare(items([("the", words(300))]), "end")[0].tokens == 200
 
@@ -185,7 +165,7 @@ def test_a_document_before_the_query_is_the_one_that_is_cut(tmp_path: Path) -> N
     chat = "<|start|>{{ messages[1].content }}<|end|>\nanswers {{ messages[0].content }}?\n"
     folder = chat_reranker(tmp_path, chat=chat)
     backend, library = load(folder), reference(folder)
-    assert largest(embed(backend, items()) - raw(library)) < TOLERANCE
+    assert largest(embed(backend, items(PAIRS)) - raw(library, PAIRS)) < TOLERANCE
     query = words(20)
     [cut] = backend.prepare(items([(query, words(400))]), "end")
     assert library.tokenizer.decode(cut.payload.ids).rstrip().endswith(f"answers {query}?")
@@ -223,11 +203,11 @@ def test_a_pair_of_no_tokens_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", detect.CAUSAL_RERANKERS)
 def test_half_precision_products_keep_the_scores(model_type: str, dtype: DType, tmp_path: Path) -> None:
     folder = chat_reranker(tmp_path, model_type)
-    backend, expected = load(folder, dtype), raw(reference(folder))
-    scores = embed(backend, items())
+    backend, expected = load(folder, dtype), raw(reference(folder), PAIRS)
+    scores = embed(backend, items(PAIRS))
     assert scores.dtype == np.float32 and backend.info.dtype == dtype
     assert 0 < largest(scores - expected) < HALF_PRECISION[dtype]
-    assert largest(scores - embed_singly(backend, items())) < HALF_PRECISION[dtype]
+    assert largest(scores - embed_singly(backend, items(PAIRS))) < HALF_PRECISION[dtype]
 
 
 def test_of_the_output_layer_two_rows_are_kept(tmp_path: Path) -> None:
@@ -292,9 +272,9 @@ def test_it_is_listed_as_a_reranker(server: Server) -> None:
 @pytest.mark.parametrize("model_type", detect.CAUSAL_RERANKERS)
 def test_every_architecture_on_cuda(model_type: str, tmp_path: Path) -> None:
     folder = chat_reranker(tmp_path, model_type)
-    expected = raw(reference(folder))
+    expected = raw(reference(folder), PAIRS)
     backend = load(folder, "float32", "cuda")
     assert backend.info.device.startswith("cuda")
-    assert largest(embed(backend, items()) - expected) < 1e-3
+    assert largest(embed(backend, items(PAIRS)) - expected) < 1e-3
     for dtype, bound in HALF_PRECISION.items():
-        assert largest(embed(load(folder, dtype, "cuda"), items()) - expected) < bound
+        assert largest(embed(load(folder, dtype, "cuda"), items(PAIRS)) - expected) < bound

@@ -2,41 +2,32 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
-from sentence_transformers import CrossEncoder
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mlx_embeddings_backends import detect
-from mlx_embeddings_backends.base import Backend, DType, Item, LoadOptions, Pair, Truncate
+from mlx_embeddings_backends.base import Backend, DType, LoadOptions, Truncate
 from mlx_embeddings_backends.errors import InputTooLong
 from mlx_embeddings_backends.hub import resolve
 from mlx_embeddings_backends.pairs import PairTokenizer
 from mlx_embeddings_server.engine.engine import Engine
-from tests.checkpoints import HIDDEN, MAX_TOKENS, WORDS
+from tests.checkpoints import HIDDEN, MAX_TOKENS
 from tests.parity import embed, embed_singly, load
 from tests.rerank_checkpoints import change, cross_encoder, pair_tokenizer, reranker
+from tests.rerank_parity import Scores, items, largest, raw, reference, words
 from tests.server import MINILM
 
 TOLERANCE = 1e-5  # of a score, in float32
 # Measured over all architectures: 0.019 and 0.0029 (mpnet), of scores that are 0.15 to 1 apart.
 HALF_PRECISION: dict[DType, float] = {"bfloat16": 0.04, "float16": 0.004}
-
-Scores = NDArray[np.float32]
-
-
-def words(count: int, seed: int = 0) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS[:-1], count))
-
 
 # From nothing to a few short of the limit; documents longer than their query, and the other way round.
 PAIRS = [
@@ -51,37 +42,19 @@ PAIRS = [
 ]
 
 
-def items(pairs: Sequence[tuple[str, str]] = PAIRS, prompt: str = "") -> list[Item]:
-    return [Item(Pair(*pair), prompt) for pair in pairs]
-
-
-def reference(folder: Path) -> CrossEncoder:
-    library: CrossEncoder = CrossEncoder(str(folder), device="cpu", local_files_only=True)
-    return library
-
-
-def raw(library: CrossEncoder, pairs: Sequence[tuple[str, str]] = PAIRS, **options: Any) -> Scores:
-    """The library's scores without an activation, [pairs, 1]."""
-    return np.asarray(library.predict(list(pairs), activation_fn=nn.Identity(), **options))[:, None]
-
-
 def sigmoid(scores: Scores) -> Scores:
     return np.asarray(1 / (1 + np.exp(-scores)), dtype=np.float32)
-
-
-def largest(difference: Scores) -> float:
-    return float(np.abs(difference).max())
 
 
 @pytest.mark.parametrize("model_type", detect.CROSS_ENCODERS)
 def test_scores_of_every_architecture_equal_sentence_transformers(model_type: str, tmp_path: Path) -> None:
     folder = reranker(tmp_path, model_type)
     backend, library = load(folder), reference(folder)
-    scores, expected = embed(backend, items()), raw(library)
+    scores, expected = embed(backend, items(PAIRS)), raw(library, PAIRS)
     assert scores.dtype == np.float32 and scores.shape == (len(PAIRS), 1)
     assert expected.std() > 0.1  # or equality would say little
     assert largest(scores - expected) < TOLERANCE
-    assert largest(scores - embed_singly(backend, items())) < TOLERANCE
+    assert largest(scores - embed_singly(backend, items(PAIRS))) < TOLERANCE
     assert backend.info.outputs == ("rerank",) and backend.info.output == "rerank"
     assert backend.info.score_activation == "sigmoid"
     assert largest(sigmoid(scores[:, 0]) - library.predict(PAIRS)) < TOLERANCE
@@ -90,7 +63,7 @@ def test_scores_of_every_architecture_equal_sentence_transformers(model_type: st
 
 @pytest.mark.parametrize("model_type", detect.CROSS_ENCODERS)
 def test_pairs_are_tokenised_as_the_checkpoints_tokenizer_does(model_type: str, tmp_path: Path) -> None:
-    prepared = load(reranker(tmp_path, model_type)).prepare(items())
+    prepared = load(reranker(tmp_path, model_type)).prepare(items(PAIRS))
     expected = pair_tokenizer(model_type)(PAIRS)
     assert [each.payload.ids.tolist() for each in prepared] == expected["input_ids"]
     assert [each.tokens for each in prepared] == [len(ids) for ids in expected["input_ids"]]
@@ -175,8 +148,8 @@ def test_a_prompt_goes_before_the_query(tmp_path: Path) -> None:
     assert {name: backend.info.prompts[name] for name in prompts} == prompts
     assert backend.info.default_prompt == "query"
     for name, prompt in prompts.items():
-        assert largest(embed(backend, items(prompt=prompt)) - raw(library, prompt_name=name)) < TOLERANCE
-    assert largest(raw(library, prompt_name="query") - raw(library, prompt_name="none")) > 0.01
+        assert largest(embed(backend, items(PAIRS, prompt=prompt)) - raw(library, PAIRS, prompt_name=name)) < TOLERANCE
+    assert largest(raw(library, PAIRS, prompt_name="query") - raw(library, PAIRS, prompt_name="none")) > 0.01
 
 
 def test_max_seq_length_of_the_checkpoint(tmp_path: Path) -> None:
@@ -223,7 +196,7 @@ def test_the_activation_that_sentence_transformers_saved(activation: nn.Module |
 
 def _assert_activation_is_the_librarys(folder: Path) -> None:
     backend, library = load(folder), reference(folder)
-    scores = embed(backend, items())[:, 0]
+    scores = embed(backend, items(PAIRS))[:, 0]
     relevance = sigmoid(scores) if backend.info.score_activation == "sigmoid" else scores
     assert largest(relevance - library.predict(PAIRS)) < TOLERANCE
 
@@ -232,11 +205,11 @@ def _assert_activation_is_the_librarys(folder: Path) -> None:
 @pytest.mark.parametrize("model_type", detect.CROSS_ENCODERS)
 def test_half_precision_products_keep_the_scores(model_type: str, dtype: DType, tmp_path: Path) -> None:
     folder = reranker(tmp_path, model_type)
-    backend, expected = load(folder, dtype), raw(reference(folder))
-    scores = embed(backend, items())
+    backend, expected = load(folder, dtype), raw(reference(folder), PAIRS)
+    scores = embed(backend, items(PAIRS))
     assert scores.dtype == np.float32 and backend.info.dtype == dtype
     assert 0 < largest(scores - expected) < HALF_PRECISION[dtype]
-    assert largest(scores - embed_singly(backend, items())) < HALF_PRECISION[dtype]
+    assert largest(scores - embed_singly(backend, items(PAIRS))) < HALF_PRECISION[dtype]
 
 
 @pytest.mark.parametrize(("model_type", "made"), [("bert", 1), ("electra", 0)])
@@ -316,9 +289,9 @@ def test_four_million_tokens_take_no_gigabytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", detect.CROSS_ENCODERS)
 def test_every_architecture_on_cuda(model_type: str, tmp_path: Path) -> None:
     folder = reranker(tmp_path, model_type)
-    expected = raw(reference(folder))
+    expected = raw(reference(folder), PAIRS)
     backend: Backend = detect.load(detect.choose(folder), folder, LoadOptions(device="cuda", dtype="float32"))
     assert backend.info.device.startswith("cuda")
-    assert largest(embed(backend, items()) - expected) < 1e-3
+    assert largest(embed(backend, items(PAIRS)) - expected) < 1e-3
     for dtype, bound in HALF_PRECISION.items():
-        assert largest(embed(load(folder, dtype, "cuda"), items()) - expected) < bound
+        assert largest(embed(load(folder, dtype, "cuda"), items(PAIRS)) - expected) < bound

@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose
 from safetensors.numpy import load_file, save_file
 
 from tests.scripted import scripted_server, vector
-from tests.server import MINILM, Server
+from tests.server import ALL_THREADS, MINILM, Server
 
 PATIENCE = 60.0  # seconds: far more than anything here takes on a machine that has other things to do
 
@@ -169,20 +169,27 @@ def test_a_client_who_leaves_while_it_sends_is_no_error_of_ours(tmp_path: Path) 
         assert "rror" not in server.log
 
 
-def test_a_real_models_server_answers_while_it_works_and_drops_what_nobody_waits_for(server: Server) -> None:
+@pytest.fixture(scope="module")
+def real() -> Iterator[Server]:
+    """all-MiniLM-L6-v2 on all threads. The last test that uses it ends it."""
+    with Server("--model", MINILM, "--dtype", "float32", environment=ALL_THREADS) as server:
+        yield server
+
+
+def test_a_real_models_server_answers_while_it_works_and_drops_what_nobody_waits_for(real: Server) -> None:
     texts = [f"{number} " + "word " * 200 for number in range(512)]  # half a minute of work
-    with post(server, {"model": MINILM, "input": texts}):
-        until(lambda: waiting(server) > 0)
-        assert metric(server, "queue_items", f'model="{MINILM}"') > 0
-        assert metric(server, "queue_tokens", f'model="{MINILM}"') > 200
+    with post(real, {"model": MINILM, "input": texts}):
+        until(lambda: waiting(real) > 0)
+        assert metric(real, "queue_items", f'model="{MINILM}"') > 0
+        assert metric(real, "queue_tokens", f'model="{MINILM}"') > 200
         for _ in range(10):
             asked_at = time.monotonic()
-            assert server.client.get("/health").status_code == 200
+            assert real.client.get("/health").status_code == 200
             assert time.monotonic() - asked_at < 1
             time.sleep(0.1)
-        assert waiting(server) > 0, "the work was too little for this test"
-    until(lambda: waiting(server) == 0, 5)
-    assert metric(server, "queue_tokens", f'model="{MINILM}"') == 0
+        assert waiting(real) > 0, "the work was too little for this test"
+    until(lambda: waiting(real) == 0, 5)
+    assert metric(real, "queue_tokens", f'model="{MINILM}"') == 0
 
 
 # Signals
@@ -216,17 +223,16 @@ def test_after_a_signal_what_is_in_flight_is_answered_and_nothing_else(
         assert "Traceback" not in server.log
 
 
-def test_a_real_models_server_ends_cleanly_under_load(threads: ThreadPoolExecutor) -> None:
+def test_a_real_models_server_ends_cleanly_under_load(real: Server, threads: ThreadPoolExecutor) -> None:
     requests = [[f"{request} {place} " + "word " * 200 for place in range(3)] for request in range(24)]
-    with Server("--model", MINILM, "--dtype", "float32") as server:
-        alone = rows(server.embed(requests[-1]))
-        replies = [threads.submit(server.embed, texts) for texts in requests]
-        until(lambda: health(server)["requests_in_flight"] + sum(reply.done() for reply in replies) == len(replies))
-        assert not all(reply.done() for reply in replies), "the work was too little for this test"
-        assert server.stop() == 0
-        vectors = [rows(reply.result(PATIENCE)) for reply in replies]
-        assert_allclose(vectors[-1], alone, atol=1e-5)
-        assert "Traceback" not in server.log and "leaked" not in server.log
+    alone = rows(real.embed(requests[-1]))
+    replies = [threads.submit(real.embed, texts) for texts in requests]
+    until(lambda: health(real)["requests_in_flight"] + sum(reply.done() for reply in replies) == len(replies))
+    assert not all(reply.done() for reply in replies), "the work was too little for this test"
+    assert real.stop() == 0
+    vectors = [rows(reply.result(PATIENCE)) for reply in replies]
+    assert_allclose(vectors[-1], alone, atol=1e-5)
+    assert "Traceback" not in real.log and "leaked" not in real.log
 
 
 @pytest.mark.parametrize("seconds", [0.2, 60], ids=["short batches", "a batch that does not end"])

@@ -194,7 +194,7 @@ def test_a_map_is_red_where_a_patch_is_like_a_word_of_the_query(tmp_path: Path) 
 
 
 def test_an_interrupted_run_goes_on_where_it_was(colqwen: Server, tmp_path: Path) -> None:
-    pages, count = tmp_path / "pages", 150
+    pages, count = tmp_path / "pages", 60
     pages.mkdir()
     for number in range(count):
         Image.new("RGB", (60, 60), (number, 90, 200)).save(pages / f"{number:03}.png")

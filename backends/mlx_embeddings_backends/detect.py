@@ -229,7 +229,7 @@ def _import_settled(name: str) -> ModuleType:
     Each look would stop the server for a third of a second. Only the first library's, before there is a model: what is
     out of the collector's sight is never freed, if it only refers to itself.
     """
-    if gc.get_freeze_count():
+    if name in sys.modules or gc.get_freeze_count():  # which counts them one by one: a tenth of a second
         return importlib.import_module(name)
     gc.disable()
     try:
