@@ -13,7 +13,7 @@ from mlx_embeddings_server.stores.catalog import Catalog
 from mlx_embeddings_server.stores.collections import Collections
 from mlx_embeddings_server.stores.filters import Where
 from mlx_embeddings_server.stores.qdrant import QdrantIndex
-from tests.stores import MINI, text
+from tests.stores import MINI, OTHER, again, text
 
 
 class CallingBack(QdrantIndex):
@@ -22,11 +22,18 @@ class CallingBack(QdrantIndex):
     def __init__(self) -> None:
         super().__init__(QdrantClient(":memory:"))
         self.meanwhile: Callable[[], object] = lambda: None
+        self.seems_empty = False  # an index that is dropped, as Chroma's for a while
 
     def ids(self, index: str, where: Where | None = None, limit: int | None = None, offset: int = 0) -> list[str]:
         found = super().ids(index, where, limit, offset)
         self.meanwhile()
         return found
+
+    def drop(self, index: str) -> None:
+        if not self.seems_empty:
+            super().drop(index)
+        else:
+            self.delete(index, super().ids(index))
 
 
 @pytest.fixture
@@ -54,6 +61,23 @@ def test_a_document_that_is_written_while_its_filter_is_deleted_is_not_lost(coll
     assert collections.documents("ada", "notes", None, None, 10, 0) == [final.document]
 
 
+def test_documents_read_while_their_index_is_dropped_are_those_of_the_next_one(collections: Collections) -> None:
+    collections.create("ada", "notes", MINI, {})
+    collections.upsert("ada", "notes", MINI, [text(1)])
+    version = collections.begin_version("ada", "notes", OTHER)
+    waiting = collections.waiting("ada", "notes", version)
+    collections.fill(version, waiting, again([text(1).document], OTHER))
+    index = collections.index
+    assert isinstance(index, CallingBack)
+
+    def switch() -> None:
+        index.meanwhile, index.seems_empty = lambda: None, True
+        assert collections.switch("ada", "notes", version)
+
+    index.meanwhile = switch
+    assert collections.documents("ada", "notes", None, None, 10, 0) == [text(1).document]
+
+
 def test_a_creation_is_answered_with_its_collection_whoever_deletes_it_at_once(collections: Collections) -> None:
     made: list[str] = []
 
@@ -71,7 +95,7 @@ def test_a_creation_is_answered_with_its_collection_whoever_deletes_it_at_once(c
             found = collections.create("ada", "notes", MINI, {"number": len(made)})
             assert found.metadata == {"number": len(made)}
             while collections.catalog.find("ada", "notes"):
-                pass
+                assert deleting.is_alive()
             made.append(found.name)
     finally:
         made += [""] * 50

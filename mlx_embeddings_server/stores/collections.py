@@ -262,16 +262,22 @@ class Collections:
             )
 
     def _read(self, owner: str, name: str, read: Callable[[Collection], T]) -> T:
-        """Once more, where a re-embedding switched the index meanwhile."""
+        """Again, where a re-embedding switched the index meanwhile: one that is being dropped may seem empty."""
         found = self.get(owner, name)
-        try:
-            return read(found)
-        except IndexGone:
-            again = self.get(owner, name)
-        try:
-            return read(again)
-        except IndexGone as error:
-            raise StoreUnavailable(f"{self.index.name} has lost the vectors of the collection {name!r}") from error
+        while True:
+            gone: IndexGone | None = None
+            try:
+                result = read(found)
+            except IndexGone as error:
+                gone = error
+            now = self.get(owner, name)
+            if now.current.index != found.current.index:
+                found = now
+                continue
+            if gone is not None:
+                lost = f"{self.index.name} has lost the vectors of the collection {name!r}"
+                raise StoreUnavailable(lost) from gone
+            return result
 
     def _fetch(self, index: str, ids: Sequence[str], excerpt: Excerpt) -> list[Document]:
         """A few at a time, so that what is too much is not read before that is seen."""
