@@ -19,7 +19,7 @@ from mlx_embeddings_server.engine.engine import Engine
 from tests.parity import embed, embed_singly, load
 from tests.rerank_checkpoints import CHAT, CHAT_TOKENS, causal_reranker, chat_reranker
 from tests.rerank_parity import items, largest, raw, reference, words
-from tests.server import Server
+from tests.threaded import ThreadedServer
 
 TOLERANCE = 1e-4  # of a score, in float32
 CUTS: tuple[Truncate, Truncate] = ("end", "start")
@@ -236,16 +236,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
+def server(folder: Path) -> Iterator[ThreadedServer]:
     models = {"found": {"name": str(folder)}, "told": {"name": str(folder), "type": "rerank"}}
     file = folder.parent / "models.yaml"
     file.write_text(json.dumps({"backend": "torch", "dtype": "float32", "models": models}))  # JSON is YAML
-    with Server("--config", str(file)) as server:
+    with ThreadedServer(file) as server:
         yield server
 
 
 @pytest.mark.parametrize("model", ["found", "told"])
-def test_it_reranks_over_http(server: Server, folder: Path, model: str) -> None:
+def test_it_reranks_over_http(server: ThreadedServer, folder: Path, model: str) -> None:
     query, documents = "the quick fox", ["the lazy dog", "a fox jumps over the river", "music", words(60)]
     expected = reference(folder).predict([(query, document) for document in documents])
     reply = server.client.post("/v1/rerank", json={"model": model, "query": query, "documents": documents})
@@ -260,7 +260,7 @@ def test_it_reranks_over_http(server: Server, folder: Path, model: str) -> None:
     assert reply.json()["usage"]["truncated_inputs"] == [1]
 
 
-def test_it_is_listed_as_a_reranker(server: Server) -> None:
+def test_it_is_listed_as_a_reranker(server: ThreadedServer) -> None:
     found = {each["id"]: each for each in server.client.get("/v1/models").json()["data"]}
     assert {found[name]["output"] for name in ("found", "told")} == {"rerank"}
 

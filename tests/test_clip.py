@@ -30,7 +30,7 @@ from tests.checkpoints import WORDS
 from tests.clip_checkpoints import IMAGES, PICTURES, TEXTS, Evil, clip_folder, clip_images, clip_texts, png
 from tests.mlx_checkpoints import TEXT_TOKENS, changed_json, siglip
 from tests.parity import Rows, cosines, distance, embed, embed_singly, load
-from tests.server import Server
+from tests.threaded import ThreadedServer
 
 TOLERANCE = 1e-5  # of any component of a unit vector, in float32
 
@@ -280,9 +280,7 @@ def test_siglip(tmp_path: Path) -> None:
 
 def test_texts_and_images_over_http(folder: Path) -> None:
     images = [{"image": "data:image/png;base64," + base64.b64encode(png(image)).decode()} for image in PICTURES]
-    with Server(
-        "--model", str(folder), "--served-model-name", "clip", "--dtype", "float32", "--device", "cpu"
-    ) as server:
+    with ThreadedServer(model=[str(folder)], served_model_name=["clip"], dtype="float32", device="cpu") as server:
         reply = server.embed([*images, *TEXTS[:2]], "clip")
         assert reply.status_code == 200, reply.text
         rows = np.array([each["embedding"] for each in reply.json()["data"]], np.float32)

@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 
 from tests.all_kinds import models_file
-from tests.server import Server
+from tests.threaded import ThreadedServer
 
 PLACE = "/v1/collections"
 TEXTS = ["the cat sat", "a dog ran home", "birds fly"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadedServer]:
     folder = tmp_path_factory.mktemp("kinds")
     file = models_file(folder, collections="chroma", collections_path=folder / "kept")
-    with Server("--config", str(file)) as server:
+    with ThreadedServer(file) as server:
         yield server
 
 
-def make(server: Server, name: str, model: str) -> str:
+def make(server: ThreadedServer, name: str, model: str) -> str:
     reply = server.client.post(PLACE, json={"name": name, "embedding_model": model})
     assert reply.status_code == 201, reply.text
     return f"{PLACE}/{name}"
@@ -37,7 +37,7 @@ def make(server: Server, name: str, model: str) -> str:
     ],
 )
 def test_a_model_without_vectors_for_the_store_makes_no_collection(
-    server: Server, model: str, status: int, code: str, told: str
+    server: ThreadedServer, model: str, status: int, code: str, told: str
 ) -> None:
     reply = server.client.post(PLACE, json={"name": f"of-{model}", "embedding_model": model})
     error = reply.json()["error"]
@@ -46,7 +46,7 @@ def test_a_model_without_vectors_for_the_store_makes_no_collection(
 
 
 @pytest.mark.parametrize("model", ["dense", "bge-m3"])
-def test_texts_are_embedded_as_documents_and_questions_as_queries(server: Server, model: str) -> None:
+def test_texts_are_embedded_as_documents_and_questions_as_queries(server: ThreadedServer, model: str) -> None:
     notes = make(server, f"roles-{model}", model)
     documents = [{"id": text, "text": text} for text in TEXTS]
     assert server.client.post(f"{notes}/documents", json={"documents": documents}).is_success
@@ -64,7 +64,7 @@ def test_texts_are_embedded_as_documents_and_questions_as_queries(server: Server
     assert {each["id"]: each["score"] for each in results} == pytest.approx(wanted, abs=1e-4)
 
 
-def test_what_is_too_long_is_refused_by_its_place_or_cut_when_that_is_asked_for(server: Server) -> None:
+def test_what_is_too_long_is_refused_by_its_place_or_cut_when_that_is_asked_for(server: ThreadedServer) -> None:
     notes = make(server, "long", "d")
     documents = ["the cat", "the cat " * 500, "a dog"]
     reply = server.client.post(f"{notes}/documents", json={"documents": documents})

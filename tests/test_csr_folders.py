@@ -20,9 +20,9 @@ from mlx_embeddings_backends.errors import ModelError, UnsupportedModel
 from mlx_embeddings_server.engine.engine import Engine
 from tests.checkpoints import HIDDEN, sentence_transformer
 from tests.parity import load
-from tests.server import Server
 from tests.sparse_checkpoints import auto_encoder, csr, dense_modules, masked_language_model, save, splade
 from tests.sparse_parity import TEXTS, TOLERANCE, check, expected, reference, rows
+from tests.threaded import ThreadedServer
 
 
 def start(folder: Path) -> None:
@@ -214,15 +214,17 @@ def test_a_sparse_encoder_does_not_pass_for_a_dense_model(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(made: Path) -> Iterator[Server]:
-    flags = ("--served-model-name", "csr", "--backend", "torch", "--device", "cpu", "--dtype", "float32")
-    with Server("--model", str(made), *flags) as server:
+def server(made: Path) -> Iterator[ThreadedServer]:
+    settings: dict[str, Any] = {"served_model_name": ["csr"], "backend": "torch", "device": "cpu", "dtype": "float32"}
+    with ThreadedServer(model=[str(made)], **settings) as server:
         yield server
 
 
 @pytest.mark.parametrize("path", ["/v1/embed_sparse", "/api/v1/embed_sparse"])
 @pytest.mark.parametrize("most", [None, 3, 30])
-def test_sparse_vectors_over_http_are_the_librarys(path: str, most: int | None, server: Server, made: Path) -> None:
+def test_sparse_vectors_over_http_are_the_librarys(
+    path: str, most: int | None, server: ThreadedServer, made: Path
+) -> None:
     body = {"model": "csr", "input": TEXTS, "input_type": "query", "max_active_dims": most}
     reply = server.client.post(path, json={name: value for name, value in body.items() if value is not None})
     assert reply.status_code == 200, reply.text
@@ -237,7 +239,7 @@ def test_sparse_vectors_over_http_are_the_librarys(path: str, most: int | None, 
     assert np.array_equal(found != 0, wanted != 0)
 
 
-def test_tokens_are_refused_where_dimensions_stand_for_none(server: Server) -> None:
+def test_tokens_are_refused_where_dimensions_stand_for_none(server: ThreadedServer) -> None:
     reply = server.client.post("/v1/embed_sparse", json={"model": "csr", "input": "river", "tokens": True})
     assert reply.status_code == 400
     error = reply.json()["error"]
@@ -246,6 +248,6 @@ def test_tokens_are_refused_where_dimensions_stand_for_none(server: Server) -> N
     assert plain.status_code == 200
 
 
-def test_other_routes_say_where_to_ask(server: Server) -> None:
+def test_other_routes_say_where_to_ask(server: ThreadedServer) -> None:
     reply = server.embed("river", model="csr")
     assert reply.status_code == 400 and "ask /v1/embed_sparse" in reply.text

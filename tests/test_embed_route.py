@@ -16,6 +16,7 @@ from tests.checkpoints import sentence_transformer
 from tests.clip_checkpoints import PICTURES, TEXTS, Reference, open_clip_folder, png
 from tests.colqwen_checkpoints import CHECKPOINT, least_cosine, reference_vectors
 from tests.server import MINILM, Server
+from tests.threaded import AnyServer, ThreadedServer
 
 KEY = "sesame"
 LONG = " ".join(f"number {number}" for number in range(200))  # more than the 256 tokens that the model takes
@@ -31,17 +32,15 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def keyed(clip_folder: Path) -> Iterator[Server]:
+def keyed(clip_folder: Path) -> Iterator[ThreadedServer]:
     """Behind a key, which its client sends: `clip`, of texts and images, `pages`, with multi-vectors, and `plain`.
 
     The last is a text model that does not normalise by itself, and has a prompt for queries.
     """
     plain = sentence_transformer(clip_folder.parent / "plain", prompts={"query": "query: "})
     checkpoints = {"clip": clip_folder, "pages": CHECKPOINT, "plain": plain}
-    models = [
-        flag for name, path in checkpoints.items() for flag in ("--model", str(path), "--served-model-name", name)
-    ]
-    with Server(*models, "--dtype", "float32", "--api-key", KEY) as server:
+    models = [str(path) for path in checkpoints.values()]
+    with ThreadedServer(model=models, served_model_name=list(checkpoints), dtype="float32", api_key=KEY) as server:
         server.client.headers["Authorization"] = f"Bearer {KEY}"
         yield server
 
@@ -57,7 +56,7 @@ def expected(reference_texts: list[str], reference_vectors: Rows) -> Rows:
     return reference_vectors[[bool(text) for text in reference_texts]]
 
 
-def post(server: Server, path: str = "/embed", **body: Any) -> httpx.Response:
+def post(server: AnyServer, path: str = "/embed", **body: Any) -> httpx.Response:
     return server.client.post(path, json=body)
 
 
@@ -71,7 +70,7 @@ def rows_of(reply: httpx.Response) -> Rows:
     return np.array(body, dtype=np.float32)
 
 
-def openai_rows(server: Server, input: object, model: str = MINILM, **fields: object) -> Rows:
+def openai_rows(server: AnyServer, input: object, model: str = MINILM, **fields: object) -> Rows:
     reply = server.embed(input, model, **fields)
     assert reply.status_code == 200, reply.text
     return np.array([each["embedding"] for each in reply.json()["data"]], dtype=np.float32)
@@ -128,7 +127,7 @@ def test_vectors_have_length_one_unless_normalize_is_false(server: Server, field
     assert_allclose(raw / lengths(raw)[:, None], usual, atol=1e-6)
 
 
-def test_vectors_have_length_one_where_the_checkpoint_has_no_such_step(keyed: Server) -> None:
+def test_vectors_have_length_one_where_the_checkpoint_has_no_such_step(keyed: ThreadedServer) -> None:
     raw = openai_rows(keyed, "a green stone", "plain")
     assert np.abs(lengths(raw) - 1).min() > 0.1
     assert_allclose(
@@ -136,12 +135,12 @@ def test_vectors_have_length_one_where_the_checkpoint_has_no_such_step(keyed: Se
     )
 
 
-def test_a_prompt_by_its_name(keyed: Server) -> None:
+def test_a_prompt_by_its_name(keyed: ThreadedServer) -> None:
     rows = rows_of(post(keyed, inputs="a green stone", prompt_name="query", model="plain", normalize=False))
     assert_array_equal(rows, openai_rows(keyed, "query: a green stone", "plain"))
 
 
-def test_texts_are_texts_whatever_they_look_like(keyed: Server) -> None:
+def test_texts_are_texts_whatever_they_look_like(keyed: ThreadedServer) -> None:
     texts = ["http://a.b/c.png", "data:image/png,"]
     assert_array_equal(
         rows_of(post(keyed, texts=texts)), openai_rows(keyed, [{"text": each} for each in texts], "clip")
@@ -163,7 +162,7 @@ def test_fields_of_tei_and_of_nobody(server: Server) -> None:
 # Images
 
 
-def test_texts_and_images_have_open_clips_vectors(keyed: Server, clip_folder: Path) -> None:
+def test_texts_and_images_have_open_clips_vectors(keyed: ThreadedServer, clip_folder: Path) -> None:
     reference = Reference.of(clip_folder)
     texts, images = reference.texts(), reference.images(PICTURES)
     pairs: list[tuple[Rows, dict[str, Any]]] = [(texts, {"texts": TEXTS}), (images, {"images": IMAGES})]
@@ -172,12 +171,12 @@ def test_texts_and_images_have_open_clips_vectors(keyed: Server, clip_folder: Pa
         assert_allclose(rows_of(post(keyed, **body, normalize=False)), rows, atol=1e-4)
 
 
-def test_images_come_as_data_uris_too(keyed: Server) -> None:
+def test_images_come_as_data_uris_too(keyed: ThreadedServer) -> None:
     rows = rows_of(post(keyed, images=[f"data:image/png;base64,{image}" for image in IMAGES]))
     assert_allclose(rows, rows_of(post(keyed, images=IMAGES)), atol=1e-6)
 
 
-def test_an_image_that_is_none_is_named(keyed: Server) -> None:
+def test_an_image_that_is_none_is_named(keyed: ThreadedServer) -> None:
     assert "images[1] is no image" in refusal(post(keyed, images=[IMAGES[0], "no image"]))
     assert "--allow-private-image-urls" in refusal(post(keyed, images=["http://127.0.0.1/secret.png"]))
 
@@ -189,18 +188,18 @@ def test_a_model_of_texts_refuses_images(server: Server) -> None:
 # Which model
 
 
-def test_the_first_model_answers_unless_another_is_named(keyed: Server) -> None:
+def test_the_first_model_answers_unless_another_is_named(keyed: ThreadedServer) -> None:
     rows = rows_of(post(keyed, texts=[QUERY]))
     assert_array_equal(rows, rows_of(post(keyed, texts=[QUERY], model="clip")))
     assert rows.shape[1] != rows_of(post(keyed, texts=[QUERY], model="pages")).shape[-1]
 
 
-def test_an_unknown_model_is_refused_with_the_names_of_the_known(keyed: Server) -> None:
+def test_an_unknown_model_is_refused_with_the_names_of_the_known(keyed: ThreadedServer) -> None:
     message = refusal(post(keyed, texts=[QUERY], model="gpt"), 404)
     assert "gpt" in message and "clip" in message and "pages" in message
 
 
-def test_a_multi_vector_model_gives_a_list_of_vectors_for_each_input(keyed: Server) -> None:
+def test_a_multi_vector_model_gives_a_list_of_vectors_for_each_input(keyed: ThreadedServer) -> None:
     page = base64.b64encode((CHECKPOINT.parent / "image_1.png").read_bytes()).decode()
     for body in ({"images": [page, page]}, {"inputs": [{"image": page}, f"data:image/png;base64,{page}"]}):
         for vectors in rows_of(post(keyed, model="pages", **body)):
@@ -246,7 +245,7 @@ def test_a_key_is_ignored_where_the_server_has_none(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/embed", "/"])
-def test_a_key_is_wanted_where_the_server_has_one(keyed: Server, path: str) -> None:
+def test_a_key_is_wanted_where_the_server_has_one(keyed: ThreadedServer, path: str) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}):
         reply = httpx.post(keyed.url + path, json={"inputs": "a"}, headers=headers, trust_env=False)
         assert "Authorization: Bearer KEY" in refusal(reply, 401)
@@ -255,7 +254,7 @@ def test_a_key_is_wanted_where_the_server_has_one(keyed: Server, path: str) -> N
         assert httpx.post(keyed.url + path, json={"inputs": "a"}, headers=headers, trust_env=False).status_code == 200
 
 
-def test_get_stays_what_it_was(keyed: Server) -> None:
+def test_get_stays_what_it_was(keyed: ThreadedServer) -> None:
     body = httpx.get(keyed.url + "/", trust_env=False).json()
     assert body["status"] == "ok" and body["models"] == ["clip", "pages", "plain"] and "/embed" in body["endpoints"]
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.all_kinds import models_file
-from tests.server import Server
+from tests.threaded import ThreadedServer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 JAVASCRIPT = EXAMPLES / "javascript"
@@ -24,9 +24,9 @@ needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ThreadedServer]:
     file = models_file(tmp_path_factory.mktemp("models"))
-    with Server("--config", str(file)) as server:
+    with ThreadedServer(file) as server:
         yield server
 
 
@@ -37,14 +37,14 @@ def run(*command: str, cwd: Path | None = None, url: str = "") -> str:
     return done.stdout
 
 
-def search(server: Server, dense: str, sparse: str, rerank: str) -> list[tuple[float, str]]:
+def search(server: ThreadedServer, dense: str, sparse: str, rerank: str) -> list[tuple[float, str]]:
     example = str(EXAMPLES / "hybrid_search.py")
     models = ("--dense", dense, "--sparse", sparse, "--rerank", rerank)
     output = run(sys.executable, "-W", "error", example, "--url", f"{server.url}/v1", *models, QUESTION)
     return [(float(line[:7]), line[9:]) for line in output.splitlines()]
 
 
-def of_notices(server: Server, model: str) -> dict[str, float]:
+def of_notices(server: ThreadedServer, model: str) -> dict[str, float]:
     """Every notice's relevance, as the server tells it for all of them at once."""
     documents = [f"{notice['title']}: {notice['text']}" for notice in NOTICES]
     body = {"model": model, "query": QUESTION, "documents": documents, "truncate": True}
@@ -55,7 +55,9 @@ def of_notices(server: Server, model: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("dense", "sparse", "rerank"), [("dense", "sparse", "reranker"), ("bge-m3", "bge-m3", "pages")]
 )
-def test_three_notices_are_found_in_the_rerankers_order(server: Server, dense: str, sparse: str, rerank: str) -> None:
+def test_three_notices_are_found_in_the_rerankers_order(
+    server: ThreadedServer, dense: str, sparse: str, rerank: str
+) -> None:
     found = search(server, dense, sparse, rerank)
     assert len(found) == 3
     scores = of_notices(server, rerank)
@@ -64,7 +66,7 @@ def test_three_notices_are_found_in_the_rerankers_order(server: Server, dense: s
     assert [score for score, _ in found] == sorted((score for score, _ in found), reverse=True)
 
 
-def test_a_model_that_is_not_served_is_told(server: Server) -> None:
+def test_a_model_that_is_not_served_is_told(server: ThreadedServer) -> None:
     example = str(EXAMPLES / "hybrid_search.py")
     command = (sys.executable, example, "--url", f"{server.url}/v1", "--dense", "x", "--sparse", "y", "--rerank", "z")
     done = subprocess.run([*command, QUESTION], capture_output=True, text=True, timeout=120)
@@ -72,7 +74,7 @@ def test_a_model_that_is_not_served_is_told(server: Server) -> None:
 
 
 @needs_node
-def test_fetch_finds_what_python_finds(server: Server) -> None:
+def test_fetch_finds_what_python_finds(server: ThreadedServer) -> None:
     output = run("node", str(JAVASCRIPT / "fetch.js"), "dense", "sparse", "reranker", QUESTION, url=server.url)
     found = [line.split("  ", 1)[1] for line in output.splitlines()]
     # Fusion's ties may fall either way: what is found is among the best of both, in the reranker's order.
@@ -84,7 +86,7 @@ def test_fetch_finds_what_python_finds(server: Server) -> None:
 
 @needs_node
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
-def test_openais_client_for_javascript(server: Server, tmp_path: Path) -> None:
+def test_openais_client_for_javascript(server: ThreadedServer, tmp_path: Path) -> None:
     folder = shutil.copytree(JAVASCRIPT, tmp_path / "javascript", ignore=shutil.ignore_patterns("node_modules"))
     run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=folder)
     output = run(

@@ -17,6 +17,7 @@ from sentence_transformers import SparseEncoder
 from tests.all_kinds import BGE_M3, models_file
 from tests.checkpoints import WORDS
 from tests.server import Server
+from tests.threaded import AnyServer, ThreadedServer
 
 TOLERANCE = 1e-4
 TEXTS = ["the quick brown fox jumps", "a silent river of stone", "winter moon over the sea"]
@@ -28,12 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with Server("--config", str(folder / "models.yaml")) as server:
+def server(folder: Path) -> Iterator[ThreadedServer]:
+    with ThreadedServer(folder / "models.yaml") as server:
         yield server
 
 
-def post(server: Server, path: str, **body: Any) -> httpx.Response:
+def post(server: AnyServer, path: str, **body: Any) -> httpx.Response:
     return server.client.post(path, json=body)
 
 
@@ -51,7 +52,7 @@ def error(reply: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["/v1/embed_sparse", "/api/v1/embed_sparse"])
-def test_sparse_vectors_are_the_librarys(server: Server, folder: Path, path: str) -> None:
+def test_sparse_vectors_are_the_librarys(server: ThreadedServer, folder: Path, path: str) -> None:
     library = SparseEncoder(str(folder / "sparse" / "model"), device="cpu", local_files_only=True)
     expected = library.encode(TEXTS, convert_to_tensor=True).to_dense().numpy()
     for asked in (TEXTS, TEXTS[0]):
@@ -65,7 +66,7 @@ def test_sparse_vectors_are_the_librarys(server: Server, folder: Path, path: str
     assert len(found) == 1
 
 
-def test_the_largest_values_and_their_words(server: Server, folder: Path) -> None:
+def test_the_largest_values_and_their_words(server: ThreadedServer, folder: Path) -> None:
     library = SparseEncoder(str(folder / "sparse" / "model"), device="cpu", local_files_only=True)
     [whole] = data(post(server, "/v1/embed_sparse", model="sparse", input=TEXTS[0]))
     [few] = data(post(server, "/v1/embed_sparse", model="sparse", input=TEXTS[0], max_active_dims=5, tokens=True))
@@ -78,7 +79,7 @@ def test_the_largest_values_and_their_words(server: Server, folder: Path) -> Non
 # Several outputs.
 
 
-def test_one_call_gives_all_outputs_of_bge_m3(server: Server) -> None:
+def test_one_call_gives_all_outputs_of_bge_m3(server: ThreadedServer) -> None:
     expected = load_file(BGE_M3 / "expected.safetensors")
     texts = json.loads((BGE_M3 / "texts.json").read_text())
     places = [place for place, text in enumerate(texts) if text]  # of which the library takes an empty one too
@@ -100,7 +101,7 @@ def test_one_call_gives_all_outputs_of_bge_m3(server: Server) -> None:
         np.testing.assert_allclose(each["sparse_embedding"]["values"], expected[f"{place}.values"], atol=TOLERANCE)
 
 
-def test_only_what_is_asked_for_is_in_the_reply(server: Server) -> None:
+def test_only_what_is_asked_for_is_in_the_reply(server: ThreadedServer) -> None:
     keys = {"object", "index"}
     [plain] = data(post(server, "/v1/embeddings", model="bge-m3", input=TEXTS[0]))
     assert set(plain) == keys | {"embedding"}
@@ -131,7 +132,7 @@ def test_only_what_is_asked_for_is_in_the_reply(server: Server) -> None:
     ],
 )
 def test_a_model_of_another_kind_is_refused_with_the_route_that_fits(
-    server: Server, path: str, model: str, route: str
+    server: ThreadedServer, path: str, model: str, route: str
 ) -> None:
     refused = post(server, path, model=model, input=["a"], texts=["a"])
     assert refused.status_code == 400 and f"ask {route}" in refused.text
@@ -147,11 +148,11 @@ def test_a_model_of_another_kind_is_refused_with_the_route_that_fits(
         ({"outputs": ["dense"], "token_pool_factor": 2}, "token_pool_factor is for multi-vector models"),
     ],
 )
-def test_outputs_that_make_no_sense(server: Server, fields: dict[str, Any], message: str) -> None:
+def test_outputs_that_make_no_sense(server: ThreadedServer, fields: dict[str, Any], message: str) -> None:
     assert message in error(post(server, "/v1/embeddings", **{"model": "bge-m3", "input": "a", **fields}))["message"]
 
 
-def test_bytes_are_of_one_output(server: Server) -> None:
+def test_bytes_are_of_one_output(server: ThreadedServer) -> None:
     body = {"model": "bge-m3", "input": "a", "outputs": ["dense", "sparse"]}
     reply = server.client.post("/v1/embeddings", json=body, headers={"Accept": "application/octet-stream"})
     assert "bytes are of one kind" in error(reply)["message"]
@@ -160,7 +161,7 @@ def test_bytes_are_of_one_output(server: Server) -> None:
 # The unified API.
 
 
-def test_the_unified_api_takes_its_own_words(server: Server) -> None:
+def test_the_unified_api_takes_its_own_words(server: ThreadedServer) -> None:
     [expected] = data(post(server, "/v1/embeddings", model="dense", input=TEXTS[0], dimensions=8, normalize=True))
     options = {"truncate_dim": 8, "normalize_embeddings": True, "batch_size": 4}
     [one] = data(post(server, "/api/v1/embeddings", model="d", input=TEXTS[0], options=options))
@@ -186,19 +187,19 @@ def test_the_unified_api_takes_its_own_words(server: Server) -> None:
     ],
 )
 def test_options_that_would_do_nothing_are_refused_by_name(
-    server: Server, path: str, options: Any, message: str
+    server: ThreadedServer, path: str, options: Any, message: str
 ) -> None:
     body = {"model": "dense", "input": "a", "query": "a", "documents": ["a"], "options": options}
     reply = post(server, f"/api/v1/{path}", **body)
     assert reply.status_code == 400 and message in reply.text
 
 
-def test_an_option_and_the_field_that_means_the_same_exclude_each_other(server: Server) -> None:
+def test_an_option_and_the_field_that_means_the_same_exclude_each_other(server: ThreadedServer) -> None:
     body = {"model": "dense", "input": "a", "prompt": "x", "options": {"prompt": "y"}}
     assert "exclude each other" in post(server, "/api/v1/embeddings", **body).json()["detail"]
 
 
-def test_every_route_takes_a_role(server: Server) -> None:
+def test_every_route_takes_a_role(server: ThreadedServer) -> None:
     prompted = data(post(server, "/v1/embeddings", model="d", input="a", input_type="query"))[0]["embedding"]
     plain = data(post(server, "/v1/embeddings", model="d", input="a", input_type="document"))[0]["embedding"]
     assert not np.allclose(prompted, plain, atol=1e-3)
@@ -209,13 +210,13 @@ def test_every_route_takes_a_role(server: Server) -> None:
         np.testing.assert_allclose(reply.json()["embeddings"][0], prompted, atol=1e-6)
 
 
-def test_the_unified_api_lists_the_models(server: Server) -> None:
+def test_the_unified_api_lists_the_models(server: ThreadedServer) -> None:
     listed = server.client.get("/api/v1/models").json()["data"]
     assert [each["id"] for each in listed] == ["dense", "sparse", "reranker", "pages", "bge-m3", "broken"]
     assert server.client.get("/api/v1/models/d").json()["id"] == "dense"
 
 
-def test_openais_client_at_the_unified_apis_address(server: Server) -> None:
+def test_openais_client_at_the_unified_apis_address(server: ThreadedServer) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/api/v1", api_key="-")
     expected = data(post(server, "/v1/embeddings", model="dense", input=TEXTS))
     found = client.embeddings.create(model="d", input=TEXTS)
@@ -262,7 +263,7 @@ def numbers(content: Any) -> list[float]:
 
 
 def test_mixed_requests_while_models_come_and_go_are_answered_as_by_each_model_alone(
-    server: Server, folder: Path, tmp_path: Path
+    server: ThreadedServer, folder: Path, tmp_path: Path
 ) -> None:
     asked = requests_of(seed=0, count=100)
     alone = [post(server, path, **body) for path, body in asked]

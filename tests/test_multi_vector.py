@@ -6,7 +6,6 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,22 @@ from safetensors.numpy import load_file
 
 from tests.conftest import DATA
 from tests.server import Server
+from tests.threaded import AnyServer, ThreadedServer
 
 COLQWEN = DATA / "colqwen2_5"
+SETTINGS: dict[str, Any] = {
+    "model": [str(COLQWEN / "checkpoint")],
+    "served_model_name": ["colqwen"],
+    "dtype": "float32",
+}
 EXPECTED = load_file(COLQWEN / "expected.safetensors")
 QUERIES: list[str] = json.loads((COLQWEN / "queries.json").read_text())
 Vectors = NDArray[np.float32]  # [vectors, dimensions]
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
-def colqwen(request: pytest.FixtureRequest) -> Iterator[Server]:
-    flags = ("--served-model-name", "colqwen", "--backend", request.param, "--dtype", "float32")
-    with Server("--model", str(COLQWEN / "checkpoint"), *flags) as server:
+def colqwen(request: pytest.FixtureRequest) -> Iterator[ThreadedServer]:
+    with ThreadedServer(**SETTINGS, backend=request.param) as server:
         yield server
 
 
@@ -40,13 +44,13 @@ def image(name: str) -> dict[str, str]:
     return {"image": data_uri(name)}
 
 
-def embed(server: Server, input: object, **fields: object) -> list[Vectors]:
+def embed(server: AnyServer, input: object, **fields: object) -> list[Vectors]:
     reply = server.embed(input, model="colqwen", **fields)
     assert reply.status_code == 200, reply.text
     return [np.array(each["embedding"], dtype=np.float32) for each in reply.json()["data"]]
 
 
-def error(server: Server, input: object, **fields: object) -> dict[str, Any]:
+def error(server: AnyServer, input: object, **fields: object) -> dict[str, Any]:
     reply = server.embed(input, model="colqwen", **fields)
     assert reply.status_code == 400, reply.text
     return dict(reply.json()["error"])
@@ -62,7 +66,7 @@ def least_cosine(vectors: Vectors, expected: Vectors) -> float:
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_queries_and_documents(colqwen: Server, place: int) -> None:
+def test_queries_and_documents(colqwen: ThreadedServer, place: int) -> None:
     [query] = embed(colqwen, QUERIES[place])
     [same] = embed(colqwen, QUERIES[place], input_type="query")
     [document] = embed(colqwen, QUERIES[place], input_type="document")
@@ -72,18 +76,18 @@ def test_queries_and_documents(colqwen: Server, place: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["image_0", "image_1"])
-def test_images(colqwen: Server, name: str) -> None:
+def test_images(colqwen: ThreadedServer, name: str) -> None:
     [vectors] = embed(colqwen, image(name))
     assert least_cosine(vectors, EXPECTED[name]) >= 0.9999
     assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
 
 
-def test_a_page_that_is_scaled_down(colqwen: Server) -> None:
+def test_a_page_that_is_scaled_down(colqwen: ThreadedServer) -> None:
     [vectors] = embed(colqwen, image("page_resized"))
     assert least_cosine(vectors, EXPECTED["page_resized"]) >= 0.9999
 
 
-def test_one_ragged_batch_of_everything(colqwen: Server) -> None:
+def test_one_ragged_batch_of_everything(colqwen: ThreadedServer) -> None:
     names = ["image_1", "page_resized", "image_0"]
     given = [QUERIES[1], image(names[0]), QUERIES[0], image(names[1]), QUERIES[2], image(names[2])]
     wanted = ["query_1", names[0], "query_0", names[1], "query_2", names[2]]
@@ -94,7 +98,7 @@ def test_one_ragged_batch_of_everything(colqwen: Server) -> None:
 # Forms of the reply
 
 
-def test_base64_with_its_shape_through_the_official_client(colqwen: Server) -> None:
+def test_base64_with_its_shape_through_the_official_client(colqwen: ThreadedServer) -> None:
     client = openai.OpenAI(base_url=f"{colqwen.url}/v1", api_key="none")
     reply = client.embeddings.create(model="colqwen", input=QUERIES)
     for place, each in enumerate(reply.data):
@@ -102,7 +106,7 @@ def test_base64_with_its_shape_through_the_official_client(colqwen: Server) -> N
         assert least_cosine(vectors, EXPECTED[f"query_{place}"]) >= 0.9999
 
 
-def test_octet_stream(colqwen: Server) -> None:
+def test_octet_stream(colqwen: ThreadedServer) -> None:
     fields = {"model": "colqwen", "input": [QUERIES[0], image("image_1")], "include": ["patches"]}
     reply = colqwen.client.post("/v1/embeddings", json=fields, headers={"Accept": "application/octet-stream"})
     assert reply.headers["x-embeddings-shape"] == "16,128;24,128"
@@ -113,7 +117,7 @@ def test_octet_stream(colqwen: Server) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("int8", 128), ("uint8", 128), ("binary", 16), ("ubinary", 16)])
-def test_quantised_vectors(colqwen: Server, dtype: str, width: int) -> None:
+def test_quantised_vectors(colqwen: ThreadedServer, dtype: str, width: int) -> None:
     [floats] = embed(colqwen, QUERIES[0])
     reply = colqwen.embed(QUERIES[0], model="colqwen", output_dtype=dtype)
     numbers = np.array(reply.json()["data"][0]["embedding"])
@@ -130,25 +134,25 @@ def test_quantised_vectors(colqwen: Server, dtype: str, width: int) -> None:
     )
 
 
-def test_fewer_dimensions_are_normalised_again(colqwen: Server) -> None:
+def test_fewer_dimensions_are_normalised_again(colqwen: ThreadedServer) -> None:
     [vectors] = embed(colqwen, QUERIES[0], dimensions=32)
     cut = EXPECTED["query_0"][:, :32]
     assert_allclose(vectors, cut / np.linalg.norm(cut, axis=1, keepdims=True), atol=1e-4)
 
 
-def test_raw_vectors_point_the_same_way(colqwen: Server) -> None:
+def test_raw_vectors_point_the_same_way(colqwen: ThreadedServer) -> None:
     [raw] = embed(colqwen, QUERIES[0], normalize=False)
     lengths = np.linalg.norm(raw, axis=1, keepdims=True)
     assert not np.allclose(lengths, 1)
     assert least_cosine(raw / lengths, EXPECTED["query_0"]) >= 0.9999
 
 
-def test_usage_counts_every_token(colqwen: Server) -> None:
+def test_usage_counts_every_token(colqwen: ThreadedServer) -> None:
     usage = colqwen.embed([QUERIES[0], image("image_1")], model="colqwen").json()["usage"]
     assert usage["prompt_tokens"] == 16 + 24
 
 
-def test_the_model_says_what_it_is(colqwen: Server) -> None:
+def test_the_model_says_what_it_is(colqwen: ThreadedServer) -> None:
     [model] = colqwen.client.get("/v1/models").json()["data"]
     assert model["output"] == "multi_vector"
     assert model["modalities"] == ["text", "image"]
@@ -159,12 +163,12 @@ def test_the_model_says_what_it_is(colqwen: Server) -> None:
 # Pooling and patches
 
 
-def patches_of(server: Server, name: str, pool: str | None = None) -> dict[str, int]:
+def patches_of(server: AnyServer, name: str, pool: str | None = None) -> dict[str, int]:
     [each] = server.embed(image(name), model="colqwen", include=["patches"], pool=pool).json()["data"]
     return dict(each["patches"])
 
 
-def test_patches_are_where_the_image_is(colqwen: Server) -> None:
+def test_patches_are_where_the_image_is(colqwen: ThreadedServer) -> None:
     """image_0 is 224 x 140 pixels, of which 28 x 28 make a vector."""
     grid = patches_of(colqwen, "image_0")
     assert (grid["rows"], grid["columns"]) == (5, 8)
@@ -174,7 +178,7 @@ def test_patches_are_where_the_image_is(colqwen: Server) -> None:
 
 
 @pytest.mark.parametrize("pool", ["rows", "columns", "mean"])
-def test_pooling_over_the_patch_grid(colqwen: Server, pool: str) -> None:
+def test_pooling_over_the_patch_grid(colqwen: ThreadedServer, pool: str) -> None:
     [full] = embed(colqwen, image("image_0"))
     grid = patches_of(colqwen, "image_0")
     rows, columns, offset = grid["rows"], grid["columns"], grid["offset"]
@@ -191,7 +195,7 @@ def test_pooling_over_the_patch_grid(colqwen: Server, pool: str) -> None:
     assert left["rows"] * left["columns"] == len(pooled)
 
 
-def test_hierarchical_pooling(colqwen: Server) -> None:
+def test_hierarchical_pooling(colqwen: ThreadedServer) -> None:
     given = [image("image_0"), image("image_1"), QUERIES[1]]
     pooled = load_file(COLQWEN / "pooled.safetensors")
     for name, vectors in zip(
@@ -213,7 +217,7 @@ def test_hierarchical_pooling(colqwen: Server) -> None:
         ({"prompt": "Find: "}, "prompt", '"image"'),
     ],
 )
-def test_what_cannot_be_asked_for(colqwen: Server, fields: dict[str, object], param: str, words: str) -> None:
+def test_what_cannot_be_asked_for(colqwen: ThreadedServer, fields: dict[str, object], param: str, words: str) -> None:
     told = error(colqwen, [image("image_1"), QUERIES[0]], **fields)
     assert told["param"] == param
     assert words in told["message"]
@@ -240,12 +244,11 @@ def folder_over_http() -> Iterator[str]:
         listening.shutdown()
 
 
-def test_every_way_to_name_an_image(tmp_path: Path, folder_over_http: str) -> None:
+def test_every_way_to_name_an_image(folder_over_http: str) -> None:
     url = f"{folder_over_http}/image_1.png"
     bare = base64.b64encode((COLQWEN / "image_1.png").read_bytes()).decode()
     given = [data_uri("image_1"), {"image": bare}, url, {"image": url}]
-    flags = ("--served-model-name", "colqwen", "--backend", "mlx", "--dtype", "float32", "--allow-private-image-urls")
-    with Server("--model", str(COLQWEN / "checkpoint"), *flags) as server:
+    with ThreadedServer(**SETTINGS, backend="mlx", allow_private_image_urls=True) as server:
         for vectors in embed(server, given):
             assert least_cosine(vectors, EXPECTED["image_1"]) >= 0.9999
         told = error(server, ["a text", f"{folder_over_http}/absent.png"])
@@ -253,13 +256,13 @@ def test_every_way_to_name_an_image(tmp_path: Path, folder_over_http: str) -> No
         assert "input[1]" in told["message"] and "404" in told["message"]
 
 
-def test_private_addresses_are_not_asked(colqwen: Server, folder_over_http: str) -> None:
+def test_private_addresses_are_not_asked(colqwen: ThreadedServer, folder_over_http: str) -> None:
     told = error(colqwen, f"{folder_over_http}/image_1.png")
     assert told["code"] == "image_fetch_failed"
     assert "--allow-private-image-urls" in told["message"]
 
 
-def test_a_text_with_an_image_stands_in_the_prompt(colqwen: Server) -> None:
+def test_a_text_with_an_image_stands_in_the_prompt(colqwen: ThreadedServer) -> None:
     [usual], [same], [other] = (
         embed(colqwen, image("image_1") | text)
         for text in ({}, {"text": "Describe the image."}, {"text": "Read the total."})
@@ -278,7 +281,9 @@ def test_a_text_with_an_image_stands_in_the_prompt(colqwen: Server) -> None:
         ("data:image/png;base64,iVBORw0KGgo=", "input[2]"),
     ],
 )
-def test_one_bad_image_fails_the_whole_request_and_nothing_else(colqwen: Server, bad: object, words: str) -> None:
+def test_one_bad_image_fails_the_whole_request_and_nothing_else(
+    colqwen: ThreadedServer, bad: object, words: str
+) -> None:
     told = error(colqwen, [image("image_0"), QUERIES[0], bad, image("image_1")])
     assert told["code"] == "invalid_image"
     assert words in told["message"]
@@ -293,7 +298,7 @@ def test_images_are_not_for_text_models(server: Server) -> None:
     assert server.embed("https://example.com/page.png").status_code == 200
 
 
-def test_image_tokens_without_an_image(colqwen: Server) -> None:
+def test_image_tokens_without_an_image(colqwen: ThreadedServer) -> None:
     """They would stand for patches that are not there: in a text they are text, and as ids they are refused."""
     assert colqwen.embed("see <|image_pad|> and <|vision_start|>", model="colqwen").status_code == 200
     told = error(colqwen, [[5, 6], [349, 352, 350]])
@@ -301,7 +306,7 @@ def test_image_tokens_without_an_image(colqwen: Server) -> None:
     assert "input[1]" in told["message"] and "stands for a part of an image" in told["message"]
 
 
-def test_many_clients_get_what_each_would_get_alone(colqwen: Server) -> None:
+def test_many_clients_get_what_each_would_get_alone(colqwen: ThreadedServer) -> None:
     names = ["image_0", "image_1", "page_resized"]
 
     def ask(turn: int) -> Sequence[Vectors]:

@@ -38,7 +38,7 @@ from tests.clip_checkpoints import (
     png,
 )
 from tests.parity import Rows, cosines, distance, embed, embed_singly, load
-from tests.server import Server
+from tests.threaded import ThreadedServer
 
 TOLERANCE = 1e-5  # of any component of a unit vector, in float32
 START, END = 49406, 49407
@@ -190,14 +190,12 @@ def test_tokenizers_of_other_models_keep_all_processors(before: str | None) -> N
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with Server(
-        "--model", str(folder), "--served-model-name", "clip", "--dtype", "float32", "--device", "cpu"
-    ) as server:
+def server(folder: Path) -> Iterator[ThreadedServer]:
+    with ThreadedServer(model=[str(folder)], served_model_name=["clip"], dtype="float32", device="cpu") as server:
         yield server
 
 
-def test_texts_and_images_over_http(server: Server, reference: Reference) -> None:
+def test_texts_and_images_over_http(server: ThreadedServer, reference: Reference) -> None:
     images = [{"image": base64.b64encode(png(image)).decode()} for image in PICTURES]
     reply = server.embed([TEXTS[0], *images, TEXTS[1]], "clip")
     assert reply.status_code == 200, reply.text
@@ -210,7 +208,7 @@ def test_texts_and_images_over_http(server: Server, reference: Reference) -> Non
     assert (model["max_tokens"], model["verified"]) == (77, True)
 
 
-def test_what_is_wrong_is_said_over_http(server: Server) -> None:
+def test_what_is_wrong_is_said_over_http(server: ThreadedServer) -> None:
     endless = server.embed([[START, 320, 3712]], "clip")
     assert endless.status_code == 400
     assert endless.json()["error"]["code"] == "invalid_token_id"

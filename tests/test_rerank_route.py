@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from tests.all_kinds import COLQWEN, models_file
-from tests.server import Server
+from tests.threaded import ThreadedServer
 
 QUERY = "the quick fox"
 DOCUMENTS = ["the lazy dog", "a fox jumps over the river", "silent music", "winter moon", "the quick brown fox"]
@@ -33,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Server]:
-    with Server("--config", str(folder / "models.yaml")) as server:
+def server(folder: Path) -> Iterator[ThreadedServer]:
+    with ThreadedServer(folder / "models.yaml") as server:
         yield server
 
 
@@ -46,12 +46,12 @@ def raw(folder: Path) -> Scores:
     return np.asarray(model.predict(pairs, activation_fn=torch.nn.Identity()), dtype=np.float32)
 
 
-def post(server: Server, path: str = "/v1/rerank", **fields: Any) -> httpx.Response:
+def post(server: ThreadedServer, path: str = "/v1/rerank", **fields: Any) -> httpx.Response:
     body = {"model": "reranker", "query": QUERY, "documents": DOCUMENTS, **fields}
     return server.client.post(path, json={name: value for name, value in body.items() if value is not None})
 
 
-def results(server: Server, path: str = "/v1/rerank", **fields: Any) -> list[dict[str, Any]]:
+def results(server: ThreadedServer, path: str = "/v1/rerank", **fields: Any) -> list[dict[str, Any]]:
     reply = post(server, path, **fields)
     assert reply.status_code == 200, reply.text
     return list(reply.json()["results"])
@@ -71,12 +71,12 @@ def error(reply: httpx.Response) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank", "/api/v1/rerank"])
-def test_a_cross_encoder_gives_the_librarys_scores(server: Server, raw: Scores, path: str) -> None:
+def test_a_cross_encoder_gives_the_librarys_scores(server: ThreadedServer, raw: Scores, path: str) -> None:
     np.testing.assert_allclose(scores_of(results(server, path, raw_scores=True)), raw, atol=TOLERANCE)
     np.testing.assert_allclose(scores_of(results(server, path)), 1 / (1 + np.exp(-raw)), atol=TOLERANCE)
 
 
-def test_the_best_and_their_documents(server: Server, raw: Scores) -> None:
+def test_the_best_and_their_documents(server: ThreadedServer, raw: Scores) -> None:
     best = int(raw.argmax())
     for name in ("top_n", "top_k"):
         fields: dict[str, Any] = {name: 2}
@@ -89,7 +89,7 @@ def test_the_best_and_their_documents(server: Server, raw: Scores) -> None:
     assert len(results(server, top_n=100)) == len(DOCUMENTS)
 
 
-def test_a_reply_says_what_it_took(server: Server) -> None:
+def test_a_reply_says_what_it_took(server: ThreadedServer) -> None:
     reply = post(server)
     content = reply.json()
     assert content["model"] == "reranker" and content["object"] == "rerank"
@@ -97,7 +97,7 @@ def test_a_reply_says_what_it_took(server: Server) -> None:
     assert "inference" in reply.headers["Server-Timing"]
 
 
-def test_teis_request_has_teis_reply(server: Server, raw: Scores) -> None:
+def test_teis_request_has_teis_reply(server: ThreadedServer, raw: Scores) -> None:
     body: dict[str, Any] = {"query": QUERY, "texts": DOCUMENTS, "raw_scores": True, "return_text": True}
     reply = server.client.post("/rerank", json=body)
     assert reply.status_code == 200, reply.text
@@ -107,20 +107,20 @@ def test_teis_request_has_teis_reply(server: Server, raw: Scores) -> None:
     assert set(server.client.post("/rerank", json=body | {"return_text": False}).json()[0]) == {"index", "score"}
 
 
-def test_what_is_wrong_with_teis_request_is_told_as_tei_does(server: Server) -> None:
+def test_what_is_wrong_with_teis_request_is_told_as_tei_does(server: ThreadedServer) -> None:
     refused = server.client.post("/rerank", json={"query": QUERY, "texts": ["a", ""]})
     assert refused.status_code == 400 and refused.json()["error_type"] == "Validation"
     assert refused.json()["error"].startswith("texts[1] is an empty string")
 
 
-def test_the_files_prompt_is_put_before_the_query(server: Server, raw: Scores) -> None:
+def test_the_files_prompt_is_put_before_the_query(server: ThreadedServer, raw: Scores) -> None:
     found = scores_of(results(server, model="prompted", raw_scores=True))
     by_hand = scores_of(results(server, query=f"the winter {QUERY}", raw_scores=True))
     np.testing.assert_allclose(found, by_hand, atol=TOLERANCE)
     assert not np.allclose(found, raw, atol=TOLERANCE)
 
 
-def test_what_is_too_long_is_cut_only_if_asked_and_said(server: Server) -> None:
+def test_what_is_too_long_is_cut_only_if_asked_and_said(server: ThreadedServer) -> None:
     documents = ["short", "the river " * 200]
     refused = error(post(server, documents=documents))
     assert refused["code"] == "input_too_long" and refused["message"].startswith("documents[1] has ")
@@ -134,7 +134,7 @@ def test_what_is_too_long_is_cut_only_if_asked_and_said(server: Server) -> None:
             assert refused["code"] == "input_too_long" and refused["message"].startswith("query ")
 
 
-def test_a_documents_other_keys_are_only_given_back(server: Server, raw: Scores) -> None:
+def test_a_documents_other_keys_are_only_given_back(server: ThreadedServer, raw: Scores) -> None:
     """As Cohere's clients send them."""
     documents = [{"id": place, "title": "none", "text": text} for place, text in enumerate(DOCUMENTS)]
     found = results(server, documents=documents, raw_scores=True, return_documents=True)
@@ -142,12 +142,12 @@ def test_a_documents_other_keys_are_only_given_back(server: Server, raw: Scores)
     assert [each["document"] for each in found] == [documents[each["index"]] for each in found]
 
 
-def test_null_is_as_good_as_left_out(server: Server) -> None:
+def test_null_is_as_good_as_left_out(server: ThreadedServer) -> None:
     body = {"model": None, "model_id": "reranker", "query": QUERY, "documents": DOCUMENTS, "top_n": None, "top_k": 2}
     assert len(server.client.post("/v1/rerank", json=body).json()["results"]) == 2
 
 
-def test_many_documents(server: Server) -> None:
+def test_many_documents(server: ThreadedServer) -> None:
     documents = [f"{DOCUMENTS[place % 5]} {place}" for place in range(2000)]
     found = scores_of(results(server, documents=documents, raw_scores=True))
     for place in (0, 777, 1999):
@@ -179,7 +179,7 @@ def test_many_documents(server: Server) -> None:
     ],
 )
 def test_a_bad_request_is_refused_with_what_is_wrong(
-    server: Server, fields: dict[str, Any], code: str | None, message: str
+    server: ThreadedServer, fields: dict[str, Any], code: str | None, message: str
 ) -> None:
     refused = error(post(server, **fields))
     assert refused["code"] == code and message in refused["message"]
@@ -190,7 +190,7 @@ def page(name: str) -> str:
     return "data:image/png;base64," + base64.b64encode((COLQWEN / f"{name}.png").read_bytes()).decode()
 
 
-def test_pages_are_scored_by_late_interaction(server: Server) -> None:
+def test_pages_are_scored_by_late_interaction(server: ThreadedServer) -> None:
     """colpali-engine's vectors, and its score: `einsum("bnd,csd->bcns").max(dim=3).sum(dim=2)`."""
     expected = load_file(COLQWEN / "expected.safetensors")
     query = json.loads((COLQWEN / "queries.json").read_text())[0]
@@ -203,24 +203,24 @@ def test_pages_are_scored_by_late_interaction(server: Server) -> None:
         assert abs(float(products.max(dim=1).values.sum()) - found[place]) < 1e-3
 
 
-def test_texts_are_scored_by_late_interaction_too(server: Server) -> None:
+def test_texts_are_scored_by_late_interaction_too(server: ThreadedServer) -> None:
     [first, *_] = results(server, model="pages", documents=["a fox", "the sea"])
     assert first["relevance_score"] > 1  # a sum over the query's vectors
 
 
-def test_a_dense_model_scores_by_cosine(server: Server, folder: Path) -> None:
+def test_a_dense_model_scores_by_cosine(server: ThreadedServer, folder: Path) -> None:
     library = SentenceTransformer(str(folder / "dense" / "model"), device="cpu", local_files_only=True)
     query = library.encode(["query: " + QUERY], normalize_embeddings=True)
     expected = library.encode(DOCUMENTS, normalize_embeddings=True) @ query[0]
     np.testing.assert_allclose(scores_of(results(server, model="d")), expected, atol=TOLERANCE)
 
 
-def test_a_query_that_is_too_long_is_named(server: Server) -> None:
+def test_a_query_that_is_too_long_is_named(server: ThreadedServer) -> None:
     assert error(post(server, model="dense", query="the river " * 200))["message"].startswith("query has ")
     assert error(post(server, model="dense", documents=["a", "the river " * 200]))["message"].startswith("documents[1]")
 
 
-def test_a_broken_image_is_named(server: Server) -> None:
+def test_a_broken_image_is_named(server: ThreadedServer) -> None:
     refused = error(post(server, model="pages", documents=["text", {"image": "AAAA"}]))
     assert refused["code"] == "invalid_image" and refused["message"].startswith("documents[1] is no image")
     refused = error(post(server, model="pages", query={"image": "AAAA"}))

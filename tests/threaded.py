@@ -12,20 +12,22 @@ from typing import Self
 import httpx
 import uvicorn
 
+from mlx_embeddings_backends import detect
 from mlx_embeddings_server.app import create_app
 from mlx_embeddings_server.served_model import Load
 from mlx_embeddings_server.settings import load_settings
+from tests.server import Server
 
 
 class ThreadedServer:
-    """`with ThreadedServer(file, load) as server:` reads the file for --config anew each time."""
+    """`with ThreadedServer(file, load) as server:` reads the file for --config anew each time; or give settings."""
 
-    def __init__(self, file: Path, load: Load) -> None:
-        self._file = file
+    def __init__(self, file: Path | None = None, load: Load = detect.load, **settings: object) -> None:
+        self._settings = settings if file is None else {"config": str(file), **settings}
         self._load = load
 
     def __enter__(self) -> Self:
-        app = create_app(load_settings({"config": str(self._file)}), load=self._load)
+        app = create_app(load_settings(self._settings), load=self._load)
         listener = socket.create_server(("127.0.0.1", 0))
         self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
@@ -33,9 +35,8 @@ class ThreadedServer:
         while not self._server.started:
             assert self._thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        self.client = httpx.Client(
-            base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=60, trust_env=False
-        )
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         return self
 
     def __exit__(
@@ -45,5 +46,8 @@ class ThreadedServer:
         self._server.should_exit = True
         self._thread.join()
 
-    def embed(self, input: object, model: str) -> httpx.Response:
-        return self.client.post("/v1/embeddings", json={"model": model, "input": input})
+    def embed(self, input: object, model: str, **fields: object) -> httpx.Response:
+        return self.client.post("/v1/embeddings", json={"model": model, "input": input, **fields})
+
+
+AnyServer = Server | ThreadedServer
