@@ -21,6 +21,12 @@ DATA = Path(__file__).parent / "data"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """On few cores more than one for each: many tests wait, for servers that they start and for times to pass."""
+    return max(4, os.cpu_count() or 1)
+
+
 # What test modules import is half a million objects that stay: the collector need not look through them while they
 # come, nor again and again later, which took a tenth of the tests' time and more.
 gc.disable()
