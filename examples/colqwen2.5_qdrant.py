@@ -91,12 +91,12 @@ class Server:
     def embed(self, inputs: Sequence[object], input_type: str) -> list[Embedding]:
         reply = self.client.embeddings.create(
             model=self.model,
-            input=cast(Any, inputs),  # the client's types know texts only, but it sends what it is given
+            input=cast("Any", inputs),  # the client's types know texts only, but it sends what it is given
             # Asked for by name, base64 comes back as it is: else the client makes 100,000 Python floats of a page.
             encoding_format="base64",
             extra_body={"input_type": input_type, "include": ["patches"]},
         )
-        return [self.decode(cast(Any, item.embedding), item.model_extra or {}) for item in reply.data]
+        return [self.decode(cast("Any", item.embedding), item.model_extra or {}) for item in reply.data]
 
     @staticmethod
     def decode(embedding: str, extra: dict[str, Any]) -> Embedding:
@@ -204,7 +204,7 @@ def index(server: Server, qdrant: QdrantClient, collection: str, folder: Path, b
                     skipped.add(path)
                     continue
                 payload = {"file": str(path), "sha256": hashes[path], "grid": asdict(page.grid)}
-                points.append(models.PointStruct(id=ids[path], vector=cast(Any, with_means(page)), payload=payload))
+                points.append(models.PointStruct(id=ids[path], vector=cast("Any", with_means(page)), payload=payload))
             # A page is some 2 MB of JSON, and Qdrant takes 32 MB at once.
             qdrant.upload_points(collection, points, batch_size=4, wait=True)
             progress.update(len(batch))
@@ -256,7 +256,7 @@ def save_maps(folder: Path, query: str, vectors: Vectors, hits: Sequence[models.
     folder.mkdir(parents=True, exist_ok=True)
     for rank, hit in enumerate(hits, start=1):
         payload = hit.payload or {}
-        patches = Grid(**payload["grid"]).patches(np.array(cast(Any, hit.vector)["original"], np.float32))
+        patches = Grid(**payload["grid"]).patches(np.array(cast("Any", hit.vector)["original"], np.float32))
         path = Path(payload["file"])
         with Image.open(path) as file:
             page = ImageOps.exif_transpose(file).convert("RGB")

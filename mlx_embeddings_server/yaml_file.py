@@ -197,4 +197,4 @@ class _Loader(yaml.SafeLoader):
 
 
 def _refusal(problem: str, at: yaml.Event | yaml.Node) -> yaml.composer.ComposerError:
-    return yaml.composer.ComposerError(None, None, problem, cast(yaml.error.Mark, at.start_mark))
+    return yaml.composer.ComposerError(None, None, problem, cast("yaml.error.Mark", at.start_mark))

@@ -46,7 +46,9 @@ class SentenceTransformersModel:
 
         kind, size = self.model.device.type, LOADS[load].bare_batch
         texts = [
-            text.replace(FRESH, fresh_words(0)) for request in request_inputs(load) for text in cast(list[str], request)
+            text.replace(FRESH, fresh_words(0))
+            for request in request_inputs(load)
+            for text in cast("list[str]", request)
         ]
         batches = []
         for start in range(0, len(texts) - size + 1, size):
@@ -115,7 +117,7 @@ class OwnBackend:
 
         folder = hub.resolve(name).path
         most = os.environ.get("MLX_EMBEDDINGS_MAX_IMAGE_TOKENS")
-        options = LoadOptions(device, cast(Any, dtype), max_image_tokens=int(most) if most else None)
+        options = LoadOptions(device, cast("Any", dtype), max_image_tokens=int(most) if most else None)
         self.backend = detect.load(detect.choose(folder, backend), folder, options)
         self.facts = {"backend": backend, "device": self.backend.info.device, "dtype": self.backend.info.dtype}
 

@@ -28,7 +28,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES:
         path = folder / file
-        image = cast(Image.Image, importlib.import_module(f"sample_images.{path.stem}").draw())
+        image = cast("Image.Image", importlib.import_module(f"sample_images.{path.stem}").draw())
         if path.suffix == ".jpg":
             image.save(path, quality=82, optimize=True)
         else:  # 128 colours look the same here and take a third of the space

@@ -35,7 +35,7 @@ def embed(backend: Backend, items: Sequence[Item | str], truncate: Truncate = "n
     """All items in one batch."""
     made = [item if isinstance(item, Item) else Item(item) for item in items]
     vectors = backend.run(backend.collate(backend.prepare(made, truncate)))
-    return [cast(SparseVector, vector) for vector in vectors]
+    return [cast("SparseVector", vector) for vector in vectors]
 
 
 def dense(vectors: Sequence[SparseVector], dimensions: int) -> Rows:
@@ -59,7 +59,7 @@ def rows_singly(backend: Backend, items: Sequence[Item | str]) -> Rows:
 def expected(library: SparseEncoder, texts: Sequence[str], role: Role | None = None, **options: Any) -> Rows:
     encode: Any = {"query": library.encode_query, "document": library.encode_document, None: library.encode}[role]
     tensor: torch.Tensor = encode(list(texts), convert_to_sparse_tensor=True, **options)
-    return cast(Rows, tensor.to_dense().numpy())
+    return cast("Rows", tensor.to_dense().numpy())
 
 
 def check(backend: Backend, library: SparseEncoder, role: Role | None = None, **options: Any) -> None:
@@ -78,4 +78,4 @@ def check(backend: Backend, library: SparseEncoder, role: Role | None = None, **
 def cosines(found: Rows, wanted: Rows) -> Rows:
     """Of each row with its counterpart."""
     lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-    return cast(Rows, (found * wanted).sum(axis=1) / lengths)
+    return cast("Rows", (found * wanted).sum(axis=1) / lengths)

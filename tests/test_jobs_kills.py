@@ -24,7 +24,7 @@ DOCUMENTS = 300
 
 def stored(folder: Path, index: str) -> tuple[dict[str, str], dict[str, NDArray[np.float32]]]:
     """Each document's text, and its vector, as they are in Chroma."""
-    client = cast(Client, chromadb.PersistentClient(str(folder), Settings(anonymized_telemetry=False)))
+    client = cast("Client", chromadb.PersistentClient(str(folder), Settings(anonymized_telemetry=False)))
     try:
         found = client.get_collection(index, embedding_function=None).get(include=["documents", "embeddings"])
     finally:

@@ -81,9 +81,9 @@ def test_queries_and_documents_of_one_request_keep_their_places(tmp_path: Path) 
     assert len({each.group for each in prepared}) == 2
     for each, item in zip(prepared, items, strict=True):
         found = dense(
-            [cast(SparseVector, row) for row in backend.run(backend.collate([each]))], backend.info.dimensions
+            [cast("SparseVector", row) for row in backend.run(backend.collate([each]))], backend.info.dimensions
         )
-        assert np.abs(found - expected(library, [cast(str, item.content)], item.role)).max() <= TOLERANCE
+        assert np.abs(found - expected(library, [cast("str", item.content)], item.role)).max() <= TOLERANCE
 
 
 def test_the_default_route_is_the_routers_own(tmp_path: Path) -> None:

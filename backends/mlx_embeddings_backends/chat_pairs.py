@@ -64,7 +64,7 @@ class ChatPairTokenizer:
         return prepared
 
     def _query_fills(self, item: Item) -> bool:
-        pair = enough(self._tokenizer, Pair(cast(Pair, item.content).query, ""), self.max_tokens, "none")
+        pair = enough(self._tokenizer, Pair(cast("Pair", item.content).query, ""), self.max_tokens, "none")
         return len(self._encode(self._render(item.prompt, pair)).ids) >= self.max_tokens
 
     def frame(self, prompt: str, query: str) -> Frame | None:
@@ -82,7 +82,7 @@ class ChatPairTokenizer:
         """Each item's prompt and query, the text and its ids. A few at a time: a token takes 400 bytes until it is an
         id."""
         for chunk in chunks(items):
-            pairs = [enough(self._tokenizer, cast(Pair, item.content), self.max_tokens, truncate) for item in chunk]
+            pairs = [enough(self._tokenizer, cast("Pair", item.content), self.max_tokens, truncate) for item in chunk]
             texts = [self._render(item.prompt, pair) for item, pair in zip(chunk, pairs, strict=True)]
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             for item, pair, text, encoding in zip(chunk, pairs, texts, encodings, strict=True):

@@ -155,7 +155,7 @@ def choose(
     if backend == "auto":
         name, reason = _choose_backend(architecture, [folder] if base is None else [folder, base])
     else:
-        name, reason = cast(BackendName, backend), "asked for"
+        name, reason = cast("BackendName", backend), "asked for"
         if (name, architecture) == ("mlx", BGE_M3):
             reason += ", with its dense vectors only"
     if target := VERIFIED[name].get(architecture):
@@ -220,7 +220,7 @@ def load(choice: Choice, folder: Path, options: LoadOptions) -> Backend:
             raise MissingDependency(
                 f"the {choice.backend} backend needs the package {error.name!r}: {remedy}"
             ) from error
-        return cast(Backend, getattr(module, class_name)(folder, options))
+        return cast("Backend", getattr(module, class_name)(folder, options))
 
 
 def _import_settled(name: str) -> ModuleType:

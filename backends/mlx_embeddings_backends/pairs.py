@@ -58,7 +58,7 @@ class PairTokenizer:
         return prepared
 
     def _query_fills(self, item: Item) -> bool:
-        pair = enough(self._tokenizer, Pair(cast(Pair, item.content).query, ""), self.max_tokens, "none")
+        pair = enough(self._tokenizer, Pair(cast("Pair", item.content).query, ""), self.max_tokens, "none")
         [encoding] = self._tokenizer.encode_batch_fast([(item.prompt + pair.query, "")])
         return len(encoding.ids) >= self.max_tokens
 
@@ -67,7 +67,7 @@ class PairTokenizer:
         for chunk in chunks(items):
             texts = []
             for item in chunk:
-                pair = enough(self._tokenizer, cast(Pair, item.content), self.max_tokens, truncate)
+                pair = enough(self._tokenizer, cast("Pair", item.content), self.max_tokens, truncate)
                 texts.append((item.prompt + pair.query, pair.document))
             # The fast variant leaves out the offsets.
             yield from self._tokenizer.encode_batch_fast(texts)

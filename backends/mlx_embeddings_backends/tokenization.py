@@ -81,7 +81,7 @@ class TextTokenizer:
             for item, text in zip(chunk, texts, strict=True):
                 room = next(rooms)
                 if not isinstance(item.content, str) or text is None:
-                    yield None, cast(tuple[int, ...], item.content)
+                    yield None, cast("tuple[int, ...]", item.content)
                     continue
                 ids = next(encodings).ids
                 is_part = len(text) < len(item.prompt) + len(item.content)
@@ -180,7 +180,7 @@ def chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
     start, characters = 0, 0
     for end, item in enumerate(items, 1):
         content = item.content
-        own = len(content.query) + len(content.document) if isinstance(content, Pair) else len(cast(str, content))
+        own = len(content.query) + len(content.document) if isinstance(content, Pair) else len(cast("str", content))
         characters += len(item.prompt) + own
         if characters >= 250_000 or end == len(items):
             yield items[start:end]

@@ -43,7 +43,7 @@ class RedisStore:
         self._redis = Redis(connection_pool=self._pool)
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        return cast(list[bytes | None], await self._redis.mget([_PREFIX + key for key in keys]))
+        return cast("list[bytes | None]", await self._redis.mget([_PREFIX + key for key in keys]))
 
     async def put(self, values: Mapping[bytes, bytes]) -> None:
         batch: dict[bytes, bytes] = {}
@@ -68,7 +68,7 @@ class RedisStore:
         removed, cursor = 0, 0
         while True:
             cursor, named = await self._redis.scan(cursor, match=_PREFIX + b"*", count=_KEYS_AT_ONCE)
-            keys = cast(list[bytes], named)
+            keys = cast("list[bytes]", named)
             async with self._redis.pipeline(transaction=False) as pipeline:
                 ours = [key for key in keys if key.removeprefix(_PREFIX) in held]
                 others = [key for key in keys if key.removeprefix(_PREFIX) not in held]

@@ -57,7 +57,7 @@ def _frozen(row: Row) -> Row:
         case SparseVector(indices, values):
             return SparseVector(_frozen_array(indices), _frozen_array(values))
         case Mapping():
-            return MappingProxyType({name: cast(Vector, _frozen(vector)) for name, vector in row.items()})
+            return MappingProxyType({name: cast("Vector", _frozen(vector)) for name, vector in row.items()})
     return _frozen_array(row)
 
 
@@ -147,7 +147,7 @@ def _read(data: memoryview, place: int) -> tuple[Row, int]:
         if kind == _NAMED:
             raise ValueError("names within names")
         vector, place = _read(data, place + 1)
-        named[name] = cast(Vector, vector)
+        named[name] = cast("Vector", vector)
     return named, place
 
 

@@ -30,7 +30,7 @@ class Circuit:
 
     @property
     def state(self) -> State:
-        return cast(State, self._breaker.state)
+        return cast("State", self._breaker.state)
 
     @property
     def failure_count(self) -> int:

@@ -72,7 +72,7 @@ def open_chroma(url: str | None, path: Path | None, api_key: str | None, timeout
     assert path is not None
 
     def connect() -> Client:
-        return cast(Client, chromadb.PersistentClient(path=str(path), settings=client_settings()))
+        return cast("Client", chromadb.PersistentClient(path=str(path), settings=client_settings()))
 
     index = ChromaIndex(connect, lambda: None, path)
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -140,7 +140,7 @@ class ChromaIndex:
                     embeddings=np.stack([each.vectors for each in batch]),
                     documents=[each.document.text or "" for each in batch],
                     uris=[each.document.image or "" for each in batch],
-                    metadatas=cast(Any, [_replacing(before.get(each.document.id), each.document) for each in batch]),
+                    metadatas=cast("Any", [_replacing(before.get(each.document.id), each.document) for each in batch]),
                 )
 
     def ids(self, index: str, where: Where | None = None, limit: int | None = None, offset: int = 0) -> list[str]:
@@ -149,7 +149,7 @@ class ChromaIndex:
 
     def fetch(self, index: str, ids: Sequence[str], parts: Sequence[Part] = PARTS) -> list[Document]:
         found: dict[str, Document] = {}
-        columns = cast(Any, [_COLUMNS[each] for each in parts])
+        columns = cast("Any", [_COLUMNS[each] for each in parts])
         with self._errors(index):
             records = self._records(index)
             for start in range(0, len(ids), _FETCH_AT_ONCE):

@@ -39,7 +39,7 @@ class ChromaServer:
             raise StoreUnavailable(NO_CHROMA)
 
     def connect(self) -> Client:
-        client = cast(Client, chromadb.HttpClient(host=self._url, headers=self._headers, settings=client_settings()))
+        client = cast("Client", chromadb.HttpClient(host=self._url, headers=self._headers, settings=client_settings()))
         for session in sessions_of(client):
             session.timeout = self._timeout
             session.event_hooks = self._hooks
@@ -48,7 +48,7 @@ class ChromaServer:
 
 def sessions_of(client: Client) -> list[httpx.Client]:
     """Of a Chroma server's client, and of the one in it that looks after databases."""
-    servers = client._server, cast(Any, client._admin_client)._server
+    servers = client._server, cast("Any", client._admin_client)._server
     return [session for server in servers if isinstance(session := getattr(server, "_session", None), httpx.Client)]
 
 

@@ -127,7 +127,7 @@ def _read_pickle(file: Path) -> dict[str, mx.array]:
 
 def _read_safetensors(file: Path) -> dict[str, mx.array]:
     try:
-        return cast(dict[str, mx.array], mx.load(str(file), format="safetensors"))
+        return cast("dict[str, mx.array]", mx.load(str(file), format="safetensors"))
     except (RuntimeError, ValueError, IndexError) as error:  # what its C++ exceptions become
         if "unsupported dtype F64" in str(error):
             raise ModelError(

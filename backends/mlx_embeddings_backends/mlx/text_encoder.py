@@ -74,7 +74,7 @@ class MlxTextEncoder(Backend):
         bottlenecks = self._read_adapters(options.adapters, config, DTYPES[dtype])
         # The encoder's forward pass with each adapter, or that of None where there are none.
         self._forward: dict[str | None, Callable[[mx.array, mx.array], mx.array]] = {
-            name: partial(cast(Bert, self._encoder), bottlenecks=layers) for name, layers in bottlenecks.items()
+            name: partial(cast("Bert", self._encoder), bottlenecks=layers) for name, layers in bottlenecks.items()
         } or {None: self._encoder}
         if not checkpoint.parts or checkpoint.parts[0].kind != "Pooling":
             raise UnsupportedModel("the MLX backend knows only Pooling behind the transformer: use --backend torch")
@@ -136,7 +136,7 @@ class MlxTextEncoder(Backend):
         ids, mask = pad([prepared.payload for prepared in batch], self._encoder.pad_id, self.info.max_tokens)
         if ids.max() >= self.info.vocabulary_size:  # MLX would read whatever lies behind its table
             raise ModelError("the checkpoint's tokenizer gives token ids that its model does not have")
-        return Batch(ids.astype(np.int32), mask, cast(Group, batch[0].group))
+        return Batch(ids.astype(np.int32), mask, cast("Group", batch[0].group))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         with device_errors():

@@ -94,7 +94,7 @@ class CausalRerankerBackend(Backend):
         return prepared
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
-        pairs = [cast(PairTokens, prepared.payload) for prepared in batch]
+        pairs = [cast("PairTokens", prepared.payload) for prepared in batch]
         ids, mask = pad([pair.ids for pair in pairs], self._pad_id, self.info.max_tokens)
         return Batch(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
 
@@ -106,7 +106,7 @@ class CausalRerankerBackend(Backend):
             rows = torch.arange(len(ids), device=self._device)
             answers = logits[rows, mask.sum(dim=1) - 1].float()  # [batch, 1 or 2]
             scores = answers[:, :1] - answers[:, 1:] if answers.shape[1] == 2 else answers  # [batch, 1]
-            return cast(NDArray[np.float32], scores.cpu().numpy())
+            return cast("NDArray[np.float32]", scores.cpu().numpy())
         except torch.AcceleratorError as error:
             # An error in a kernel leaves the CUDA context unusable; running out of memory is another exception.
             raise DeviceLost(str(error)) from error
@@ -149,7 +149,7 @@ def _check_transformer(transformer: Transformer) -> None:
 
 
 def _options(transformer: Transformer) -> dict[str, Any]:
-    return cast(dict[str, Any], transformer.processing_kwargs)
+    return cast("dict[str, Any]", transformer.processing_kwargs)
 
 
 def _keep_rows(model: Any, token_ids: Sequence[int]) -> None:

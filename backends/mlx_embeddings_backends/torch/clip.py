@@ -103,10 +103,10 @@ class TransformersClip(TorchDualEncoder):
         return np.ascontiguousarray(made["pixel_values"][0].transpose(1, 2, 0))
 
     def _embed_texts(self, ids: Tensor) -> Tensor:
-        return cast(Tensor, self._model.get_text_features(ids).pooler_output)
+        return cast("Tensor", self._model.get_text_features(ids).pooler_output)
 
     def _embed_images(self, pixels: Tensor) -> Tensor:
-        return cast(Tensor, self._model.get_image_features(pixels).pooler_output)
+        return cast("Tensor", self._model.get_image_features(pixels).pooler_output)
 
 
 def _load(folder: Path, kind: Any) -> Any:

@@ -92,7 +92,7 @@ class CrossEncoderBackend(Backend):
         return self._tokenizer.prepare(items, truncate)
 
     def collate(self, batch: Sequence[Prepared]) -> dict[str, Tensor] | PackedTokens:
-        pairs = [cast(PairTokens, prepared.payload) for prepared in batch]
+        pairs = [cast("PairTokens", prepared.payload) for prepared in batch]
         ids, types = [pair.ids for pair in pairs], [pair.types for pair in pairs]
         if self._encoder is not None:
             return self._encoder.pack(ids, types if self._has_types else None)
@@ -106,14 +106,14 @@ class CrossEncoderBackend(Backend):
     def run(self, batch: dict[str, Tensor] | PackedTokens) -> NDArray[np.float32]:
         try:
             if isinstance(batch, PackedTokens):
-                hidden = cast(BertEncoder, self._encoder)(batch.to(self._device))  # [batch, tokens, dim]
+                hidden = cast("BertEncoder", self._encoder)(batch.to(self._device))  # [batch, tokens, dim]
                 scores = self._head(hidden)  # [batch, 1]
             else:
                 features: dict[str, Any] = {
                     name: each.to(self._device, non_blocking=True) for name, each in batch.items()
                 }
                 scores = self._head(features | {"modality": "text"})["scores"]
-            return cast(NDArray[np.float32], scores.float().cpu().numpy())
+            return cast("NDArray[np.float32]", scores.float().cpu().numpy())
         except torch.AcceleratorError as error:
             # An error in a kernel leaves the CUDA context unusable; running out of memory is another exception.
             raise DeviceLost(str(error)) from error

@@ -80,7 +80,7 @@ class MixedAttention(nn.Module):
         if query is key and key is value:
             projected = self.inner(query).chunk(3, dim=-1)
         else:
-            weights, biases = self.inner.weight.chunk(3), cast(Tensor, self.inner.bias).chunk(3)
+            weights, biases = self.inner.weight.chunk(3), cast("Tensor", self.inner.bias).chunk(3)
             inputs = zip((query, key, value), weights, biases, strict=True)
             projected = tuple(functional.linear(each.to(dtype), weight, bias) for each, weight, bias in inputs)
         queries, keys, values = (

@@ -81,7 +81,7 @@ class OpenClip(TorchDualEncoder):
         return self._text(ids)
 
     def _embed_images(self, pixels: Tensor) -> Tensor:
-        return cast(Tensor, self._model.encode_image(pixels, normalize=False))
+        return cast("Tensor", self._model.encode_image(pixels, normalize=False))
 
 
 def _image_tokens(visual: Any) -> int:

@@ -76,7 +76,7 @@ class TextTower:
     def __call__(self, ids: Tensor) -> Tensor:
         """[batch, tokens] -> [batch, dimensions], as `encode_text` does it for the full length."""
         if not self._is_own or self._has_class_token:
-            return cast(Tensor, self._model.encode_text(ids, normalize=False))
+            return cast("Tensor", self._model.encode_text(ids, normalize=False))
         tower, tokens = self._tower, ids.shape[1]
         x = tower.token_embedding(ids) + tower.positional_embedding[:tokens]  # [batch, tokens, width]
         mask = None if tower.attn_mask is None else tower.attn_mask[:tokens, :tokens]
@@ -87,7 +87,7 @@ class TextTower:
         projection = tower.text_projection
         if projection is not None:
             x = x @ projection if isinstance(projection, Tensor) else projection(x)
-        return cast(Tensor, x)
+        return cast("Tensor", x)
 
 
 def _float32() -> torch.dtype:

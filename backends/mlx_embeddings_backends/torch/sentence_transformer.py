@@ -55,7 +55,7 @@ class SentenceTransformerBackend(Backend):
         check_text_only(transformer)
         # The pooler's output is used nowhere, and often left out.
         check_weights(transformer.model, optional="pooler.")
-        self._hidden_size = cast(int, transformer.get_embedding_dimension())
+        self._hidden_size = cast("int", transformer.get_embedding_dimension())
         if not (folder / "modules.json").exists():
             rest = self._assume_modules(rest, options)
         normalize = isinstance(rest[-1], Normalize) and rest[-1].module_input_name == "sentence_embedding"
@@ -75,7 +75,7 @@ class SentenceTransformerBackend(Backend):
             backend="torch",
             device=str(device),
             dtype=dtype,
-            dimensions=model.truncate_dim or cast(int, model.get_embedding_dimension()),
+            dimensions=model.truncate_dim or cast("int", model.get_embedding_dimension()),
             max_tokens=max_tokens,
             vocabulary_size=vocabulary_size,
             normalize=normalize,
@@ -88,7 +88,9 @@ class SentenceTransformerBackend(Backend):
         )
 
     def _encoder_bytes(self) -> int:
-        return memory_bytes(cast(nn.Module, self._transformer)) if self._encoder is None else self._encoder.memory_bytes
+        return (
+            memory_bytes(cast("nn.Module", self._transformer)) if self._encoder is None else self._encoder.memory_bytes
+        )
 
     def _assume_modules(self, assumed: list[nn.Module], options: LoadOptions) -> list[nn.Module]:
         """What follows a transformer whose folder has no modules.json; `assumed` are sentence-transformers' own."""
@@ -105,7 +107,7 @@ class SentenceTransformerBackend(Backend):
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
         items: list[NDArray[np.int64]] = [prepared.payload for prepared in batch]
-        group = cast(Group, batch[0].group)
+        group = cast("Group", batch[0].group)
         if self._encoder is not None:
             return Batch(self._encoder.pack(items), group)
         ids, mask = pad(items, self._pad_id, self.info.max_tokens)
@@ -129,12 +131,12 @@ class SentenceTransformerBackend(Backend):
         if isinstance(batch.tokens, PackedTokens):
             packed = batch.tokens.to(self._device)
             features = {
-                "token_embeddings": cast(BertEncoder, self._encoder)(packed, batch.group.adapter),
+                "token_embeddings": cast("BertEncoder", self._encoder)(packed, batch.group.adapter),
                 "attention_mask": packed.attention_mask,
             }
         else:
             features = {name: each.to(self._device, non_blocking=True) for name, each in batch.tokens.items()}
-            features = cast(nn.Module, self._transformer)(features | {"modality": "text"})
+            features = cast("nn.Module", self._transformer)(features | {"modality": "text"})
             features["token_embeddings"] = features["token_embeddings"].float()
         return features
 
@@ -144,7 +146,7 @@ class SentenceTransformerBackend(Backend):
         for module in self._after:
             features = module(features)
         rows = features["sentence_embedding"][:, : self.info.dimensions]  # [batch, dimensions]
-        return cast(NDArray[np.float32], rows.float().cpu().numpy())
+        return cast("NDArray[np.float32]", rows.float().cpu().numpy())
 
 
 def _load(folder: Path) -> SentenceTransformer:

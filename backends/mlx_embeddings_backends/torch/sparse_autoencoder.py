@@ -100,7 +100,7 @@ class AutoEncoded:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        widths = [cast(Any, module).get_embedding_dimension() for module in between if _has_width(module)]
+        widths = [cast("Any", module).get_embedding_dimension() for module in between if _has_width(module)]
         if widths[-1] != auto_encoder.weight.shape[1]:
             raise ModelError(
                 f"the modules before the SparseAutoEncoder give vectors of {widths[-1]} dimensions, and it takes "
@@ -108,15 +108,15 @@ class AutoEncoded:
             )
         self._device = device
         self._max_tokens = max_tokens
-        self._pad_id = int(cast(PreTrainedTokenizerBase, transformer.tokenizer).pad_token_id or 0)
-        self.vocabulary_size = cast(nn.Embedding, transformer.model.get_input_embeddings()).num_embeddings
+        self._pad_id = int(cast("PreTrainedTokenizerBase", transformer.tokenizer).pad_token_id or 0)
+        self.vocabulary_size = cast("nn.Embedding", transformer.model.get_input_embeddings()).num_embeddings
         self._encoder, self._transformer = place_encoder(transformer.eval(), device, dtype, {})
         self._between = [module.to(device).eval() for module in between]
         self._auto_encoder = auto_encoder.to(device)
         self.pools_prompt = all(module.include_prompt for module in between if isinstance(module, Pooling))
         self.dimensions = auto_encoder.dimensions
         self.memory_bytes = memory_bytes(*self._between, self._auto_encoder) + (
-            memory_bytes(cast(nn.Module, self._transformer)) if self._encoder is None else self._encoder.memory_bytes
+            memory_bytes(cast("nn.Module", self._transformer)) if self._encoder is None else self._encoder.memory_bytes
         )
 
     def pack(self, items: Sequence[NDArray[np.int64]]) -> PackedTokens | dict[str, Tensor]:
@@ -145,10 +145,10 @@ class AutoEncoded:
         """`token_embeddings`, float32 [batch, longest, dim], and what else the modules behind it look at."""
         if isinstance(tokens, PackedTokens):
             packed = tokens.to(self._device)
-            hidden = cast(BertEncoder, self._encoder)(packed)
+            hidden = cast("BertEncoder", self._encoder)(packed)
             return {"token_embeddings": hidden, "attention_mask": packed.attention_mask}
         inputs: dict[str, Any] = {name: each.to(self._device, non_blocking=True) for name, each in tokens.items()}
-        features: dict[str, Any] = cast(nn.Module, self._transformer)(inputs | {"modality": "text"})
+        features: dict[str, Any] = cast("nn.Module", self._transformer)(inputs | {"modality": "text"})
         features["token_embeddings"] = features["token_embeddings"].float()
         return features
 

@@ -38,7 +38,7 @@ class Static:
     """A weight for each token that a text has, however often. Needs no device."""
 
     def __init__(self, embedding: SparseStaticEmbedding) -> None:
-        self._weights = cast(NDArray[np.float32], embedding.weight.detach().numpy())
+        self._weights = cast("NDArray[np.float32]", embedding.weight.detach().numpy())
         self.dimensions = self.vocabulary_size = len(self._weights)
         self.memory_bytes = self._weights.nbytes
 
@@ -99,7 +99,7 @@ class SparseEncoderBackend(Backend):
         self._route_of = {role: chains.index(chain) for role, chain in modules.routes.items()}
         self._most_values = modules.most_values
         self._device = device
-        self._names = cast(PreTrainedTokenizerBase, cast(Any, chains[0][0]).tokenizer)
+        self._names = cast("PreTrainedTokenizerBase", cast("Any", chains[0][0]).tokenizer)
         encoders = [route.encoder for route in self._routes]
         self.info = ModelInfo(
             backend="torch",
@@ -127,12 +127,12 @@ class SparseEncoderBackend(Backend):
             except InputError as error:
                 raise error.within(places) from None
             for place, each in zip(places, made, strict=True):
-                way = Way(number, cast(Group, each.group).unpooled_tokens, items[place].max_active_dims)
+                way = Way(number, cast("Group", each.group).unpooled_tokens, items[place].max_active_dims)
                 prepared[place] = replace(each, group=way)
         return [prepared[place] for place in range(len(items))]
 
     def collate(self, batch: Sequence[Prepared]) -> Batch:
-        way = cast(Way, batch[0].group)
+        way = cast("Way", batch[0].group)
         ids: list[NDArray[np.int64]] = [prepared.payload for prepared in batch]
         encoder = self._routes[way.route].encoder
         # A GPU would be lost to it, or read whatever lies behind its table.
@@ -156,7 +156,7 @@ class SparseEncoderBackend(Backend):
     def token_strings(self, ids: Sequence[int]) -> list[str] | None:
         if any(isinstance(route.encoder, AutoEncoded) for route in self._routes):
             return None  # the library would give the tokens that happen to have these numbers
-        names = cast(list[str | None], self._names.convert_ids_to_tokens(list(ids)))
+        names = cast("list[str | None]", self._names.convert_ids_to_tokens(list(ids)))
         # Vocabularies are often filled up to a round number, with tokens that have no name.
         return [name if name is not None else "" for name in names]
 
@@ -207,7 +207,7 @@ def _check_transformer(transformer: Transformer, task: str) -> None:
 
 def _make_route(chain: Sequence[nn.Module], max_tokens: int, device: torch.device, dtype: torch.dtype) -> Route:
     encoder: Splade | Static | AutoEncoded
-    tokenizer = deepcopy(cast(Any, chain[0]).tokenizer.backend_tokenizer)
+    tokenizer = deepcopy(cast("Any", chain[0]).tokenizer.backend_tokenizer)
     match chain:
         case [Transformer() as transformer, SpladePooling() as pooling]:
             encoder = Splade(transformer, pooling, max_tokens, device, dtype)

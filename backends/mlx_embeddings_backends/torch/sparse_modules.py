@@ -66,11 +66,11 @@ def _route(first: nn.Module, rest: list[nn.Module], role: Role | None) -> list[n
     if not isinstance(first, Router):
         return [first, *rest]
     try:
-        name = cast(str, first._resolve_route(task=role, modality="text"))
+        name = cast("str", first._resolve_route(task=role, modality="text"))
     except ValueError as error:
         task = "a text of no role" if role is None else f"a {role}"
         raise UnsupportedModel(f"the checkpoint's Router has no route for {task}") from error
-    return [*cast(nn.Sequential, first.sub_modules[name]), *rest]
+    return [*cast("nn.Sequential", first.sub_modules[name]), *rest]
 
 
 def _load_modules(folder: Path) -> list[nn.Module]:

@@ -113,19 +113,19 @@ class Splade:
             raise UnsupportedModel(f"{type(model).__name__} does not end in a product with its vocabulary")
         self._device = device
         self._max_tokens = max_tokens
-        self._pad_id = int(cast(PreTrainedTokenizerBase, transformer.tokenizer).pad_token_id or 0)
+        self._pad_id = int(cast("PreTrainedTokenizerBase", transformer.tokenizer).pad_token_id or 0)
         self._projection = Projection(decoder, pooling, dtype)
         self._encoder: BertEncoder | None = None
         self._model: nn.Module = model  # or what stands between our own encoder and the projection
         _take_out(model, decoder)
         if BertEncoder.covers(model.config):
-            self._encoder = BertEncoder(cast(PreTrainedModel, model.base_model), dtype)
+            self._encoder = BertEncoder(cast("PreTrainedModel", model.base_model), dtype)
             [self._model] = [child for child in model.children() if child is not model.base_model]
         if dtype != torch.float32:
             use_mixed_products(self._model, dtype)
-        self.vocabulary_size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        self.vocabulary_size = cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
         self.dimensions = len(self._projection.weight)
-        words = cast(Tensor, model.get_input_embeddings().weight)
+        words = cast("Tensor", model.get_input_embeddings().weight)
         self.memory_bytes = self._memory_bytes(is_tied=words.data_ptr() == self._projection.weight.data_ptr())
 
     def pack(self, items: Sequence[NDArray[np.int64]]) -> Texts:
@@ -147,7 +147,7 @@ class Splade:
     def __call__(self, texts: Texts) -> list[SparseVector]:
         """-> a vector of each text, in the order given to `pack`."""
         if isinstance(texts.tokens, PackedTokens):
-            hidden = cast(BertEncoder, self._encoder)(texts.tokens.to(self._device))  # [batch, longest, dim]
+            hidden = cast("BertEncoder", self._encoder)(texts.tokens.to(self._device))  # [batch, longest, dim]
             hidden = self._model(self._tokens_of(hidden, texts))
         else:
             ids, mask = (each.to(self._device, non_blocking=True) for each in texts.tokens)

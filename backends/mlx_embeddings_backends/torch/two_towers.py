@@ -50,7 +50,7 @@ class TorchDualEncoder(DualEncoder):
                 rows = self._embed_texts(inputs)
             else:
                 rows = self._embed_images(((inputs.float() - self._mean) / self._deviation).permute(0, 3, 1, 2))
-            return cast(NDArray[np.float32], rows.float().cpu().numpy())
+            return cast("NDArray[np.float32]", rows.float().cpu().numpy())
         except torch.AcceleratorError as error:
             # An error in a kernel leaves the CUDA context unusable; running out of memory is another exception.
             raise DeviceLost(str(error)) from error
