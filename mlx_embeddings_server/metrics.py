@@ -25,7 +25,7 @@ from mlx_embeddings_server.jobs.base import Totals
 from mlx_embeddings_server.providers.circuit import Circuit, State
 
 # When each was begun to be counted: a third of all lines, and nobody asks for them.
-disable_created_metrics()  # type: ignore[no-untyped-call]
+disable_created_metrics()
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

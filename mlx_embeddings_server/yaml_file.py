@@ -120,7 +120,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}  # of composed nodes, by id: nodes with all within, and levels
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: yaml.Event = self.peek_event()
         if len(self._around) >= _MAX_DEPTH:
             raise _refusal(f"more than {_MAX_DEPTH} levels", event)
         self._around.append(index)
@@ -188,7 +188,7 @@ class _Loader(yaml.SafeLoader):
                 raise _refusal("half a character (a surrogate)", node)
             return node.value
         # A tag that was typed may not fit the text behind it, and then breaks what constructs it.
-        fitting = self.resolve(yaml.ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+        fitting = self.resolve(yaml.ScalarNode, node.value, (True, False))
         if node.tag != fitting:
             raise _refusal(f"the tag {node.tag} does not fit", node)
         if len(node.value) > _MAX_NUMBER:

@@ -11,8 +11,8 @@ from traceback import format_exception
 from typing import Any
 
 import pytest
-from diskcache import Cache  # type: ignore[import-untyped]
-from diskcache.core import MODE_BINARY, MODE_PICKLE  # type: ignore[import-untyped]
+from diskcache import Cache
+from diskcache.core import MODE_BINARY, MODE_PICKLE
 
 from mlx_embeddings_server.cache.disk import DiskStore
 from mlx_embeddings_server.cache.shared import UnusableStore, open_store

@@ -167,7 +167,7 @@ def test_transformers_defaults_hold_where_the_config_is_silent(folder: Path, tmp
     """As in the published checkpoints, whose towers say only what is not the default."""
     with torch.device("meta"):
         expected = {name: tuple(each.shape) for name, each in SiglipModel(SiglipConfig()).named_parameters()}
-    ours = dict(tree_flatten(Siglip({}).parameters()))  # type: ignore[no-untyped-call]
+    ours = dict(tree_flatten(Siglip({}).parameters()))
     shapes = {name.replace("in_proj.", "in_proj_"): each.shape for name, each in ours.items()}
     patches = "vision_model.embeddings.patch_embedding.weight"
     out, channels, height, width = expected[patches]

@@ -43,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def notebook() -> Any:
     """Without the cells tagged `tunnel`."""
-    read: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    read: Any = nbformat.read(NOTEBOOK, as_version=4)
     read.cells = [cell for cell in read.cells if "tunnel" not in cell.metadata.get("tags", [])]
     return read
 
@@ -65,7 +65,7 @@ def test_it_embeds_texts_and_pictures_and_shows_how_alike_they_are(
     monkeypatch.setenv("MODEL", str(checkpoint))
     book = notebook()
     stop = next(place for place, cell in enumerate(book.cells) if cell.id == "stop")
-    book.cells.insert(stop, nbformat.v4.new_code_cell(BY_OPENAI, id="by_openai"))  # type: ignore[no-untyped-call]
+    book.cells.insert(stop, nbformat.v4.new_code_cell(BY_OPENAI, id="by_openai"))
     outputs = run(book, NOTEBOOK.parent)
     assert f"({TEXTS}, {DIMENSIONS})" in printed(outputs["texts"])
     assert f"({IMAGES}, {DIMENSIONS})" in printed(outputs["images"])
@@ -92,7 +92,7 @@ def test_a_server_that_does_not_start_shows_why(tmp_path: Path, monkeypatch: pyt
 
 
 def test_it_is_saved_without_outputs_and_one_cell_of_it_opens_a_tunnel() -> None:
-    book: Any = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    book: Any = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(book)
     assert (book.nbformat, book.nbformat_minor) == (4, 5)
     assert book.metadata.kernelspec.name == "python3"

@@ -38,7 +38,7 @@ def progress_bar(progress: Progress | None) -> type[Any]:
             self._is_of_bytes = kwargs.get("name") == "huggingface_hub.snapshot_download"
             if is_silent:
                 kwargs["disable"] = True
-            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
+            super().__init__(*args, **kwargs)
 
         def update(self, n: float | None = 1) -> bool | None:
             if progress is not None and self._is_of_bytes:

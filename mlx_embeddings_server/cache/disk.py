@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diskcache import Cache, Disk, Timeout  # type: ignore[import-untyped]
-from diskcache.core import MODE_BINARY, MODE_RAW  # type: ignore[import-untyped]
+from diskcache import Cache, Disk, Timeout
+from diskcache.core import MODE_BINARY, MODE_RAW
 
 from mlx_embeddings_server.cache.shared import UnusableStore
 

@@ -36,7 +36,7 @@ class RedisStore:
                 retry=Retry(NoBackoff(), 0),
             )
             # Of an option that it does not know it is only told here.
-            self._pool.make_connection()  # type: ignore[no-untyped-call]
+            self._pool.make_connection()
         except (TypeError, ValueError):  # its words may have a part of the password
             message = f"must be {SCHEMES}; in a password / is written %2F, ? %3F, # %23 and @ %40"
             raise UnusableStore(message) from None

@@ -173,7 +173,7 @@ def memory_bytes(*modules: Module) -> int:
 
 
 def _parameters(module: Module) -> dict[str, mx.array]:
-    return dict(tree_flatten(module.parameters()))  # type: ignore[no-untyped-call]
+    return dict(tree_flatten(module.parameters()))
 
 
 def _quantize(module: Module, weights: Mapping[str, mx.array], quantization: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ Config = Mapping[str, Any]
 
 
 def _tanh_gelu() -> Callable[[mx.array], mx.array]:
-    return GELU("tanh")  # type: ignore[no-untyped-call]
+    return GELU("tanh")
 
 
 # By the names that transformers has for them.
@@ -90,21 +90,22 @@ class Encoder(Module):
     """What all of them have."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.dimensions = int(config["hidden_size"])
         self.vocabulary_size = int(config["vocab_size"])
         self.positions = int(config.get("max_position_embeddings") or 0)  # how many tokens have one; 0: it is not said
         self.pad_id = 0  # of what fills a batch up: masked wherever it could count, but always in the table
 
     def __call__(self, ids: mx.array, mask: mx.array) -> mx.array:
-        raise NotImplementedError
+        """The last layer's output, [batch, tokens, dimensions]. `mask`, [batch, tokens], is true for tokens."""
+        raise NotImplementedError  # each has its own; abc enforces nothing on a dict, which mlx's Module is
 
 
 class SelfAttention(Module):
     """BERT's, in one kernel: softmax in float32 whatever the dtype, and no scores kept in memory."""
 
     def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.heads = heads
         self.query, self.key, self.value = (Linear(dim, dim) for _ in range(3))
 

@@ -84,7 +84,7 @@ class Dense(Module):
     """A linear layer and an activation."""
 
     def __init__(self, part: Part, dimensions: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         activation = str(part.config.get("activation_function", "torch.nn.Tanh")).rpartition(".")[2]
         if activation not in ACTIVATIONS:
             raise UnsupportedModel(f"the activation {activation!r} is not known: {', '.join(ACTIVATIONS)} are")
@@ -105,7 +105,7 @@ class Norm(Module):
     """sentence-transformers' LayerNorm."""
 
     def __init__(self, part: Part, dimensions: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.dimensions = dimensions
         self.norm = LayerNorm(dimensions, eps=1e-5)
         fill(self, read_weights(part.folder), "float32")

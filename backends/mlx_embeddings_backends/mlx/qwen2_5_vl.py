@@ -46,7 +46,7 @@ class Windows:
 
 class Layer(Module):
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
 
 
 class RmsNorm(Layer):
@@ -139,7 +139,7 @@ class PatchMerger(Layer):
         self.ln_q = RmsNorm(config.hidden_size, VISION_EPS)
         self.mlp: Sequence[Callable[[mx.array], mx.array]] = [
             Linear(self.merged, self.merged),
-            GELU(),  # type: ignore[no-untyped-call]
+            GELU(),
             Linear(self.merged, config.out_hidden_size),
         ]
 

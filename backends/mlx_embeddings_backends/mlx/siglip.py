@@ -36,7 +36,7 @@ class Siglip(Module):
     """Both towers, of mlx-embeddings' layers, under the names that transformers saves their weights by."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         siglip = library("siglip")
         text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
         refuse(vision, vision_use_head=True, num_channels=3)

@@ -114,7 +114,7 @@ def _load(folder: Path, kind: Any) -> Any:
     if read_object(folder / "config.json").get("quantization_config"):
         raise UnsupportedModel("the weights are quantised, by quantization_config in config.json: use the original")
     if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bar()
     try:
         model, report = kind.from_pretrained(
             folder, local_files_only=True, dtype=float32, ignore_mismatched_sizes=True, output_loading_info=True

@@ -132,7 +132,7 @@ class CrossEncoderBackend(Backend):
 def load_library(folder: Path) -> CrossEncoder:
     """On the CPU, in float32 whatever the files hold. Runs no code of theirs, and unpickles tensors only."""
     if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bar()
     try:
         model: CrossEncoder = CrossEncoder(
             str(folder),

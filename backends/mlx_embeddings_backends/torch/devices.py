@@ -65,7 +65,7 @@ def memory_bytes(*modules: nn.Module) -> int:
 
 def free_memory() -> None:
     """Give back what torch keeps of the devices' memory for tensors to come."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()

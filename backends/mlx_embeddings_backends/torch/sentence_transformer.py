@@ -152,7 +152,7 @@ class SentenceTransformerBackend(Backend):
 def _load(folder: Path) -> SentenceTransformer:
     """On the CPU, in float32 whatever the files hold. Runs no code of theirs, and unpickles tensors only."""
     if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bar()
     try:
         return SentenceTransformer(
             str(folder),

@@ -41,7 +41,7 @@ class SparseModules:
 def load(folder: Path) -> SparseModules:
     """Runs no code of the files, and unpickles tensors only. Raises `ModelError`."""
     if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bar()
     try:
         first, *rest = _load_modules(folder)
     except pickle.UnpicklingError as error:
@@ -106,7 +106,8 @@ def _class_of(name: str) -> Any:
 class StaticEmbedding(SparseStaticEmbedding):
     """Reads its files from its own folder: the library looks for a JSON of weights where the process was started."""
 
-    # Of the library's parameters those that are for downloads come to nothing here.
+    # Of the library's parameters those that are for downloads come to nothing here: they are taken, and not named,
+    # which mypy sees as another signature.
     @classmethod
     def load(cls, model_name_or_path: str, subfolder: str = "", **_: Any) -> Self:  # type: ignore[override]
         root = Path(model_name_or_path)

@@ -108,7 +108,7 @@ class Splade:
     ) -> None:
         model = transformer.model
         nn.Module.to(model, device)
-        decoder = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        decoder = model.get_output_embeddings()
         if type(decoder) is not nn.Linear:
             raise UnsupportedModel(f"{type(model).__name__} does not end in a product with its vocabulary")
         self._device = device
