@@ -3,17 +3,19 @@
 An index is a Chroma collection in cosine space: the text as `documents`, the image's URL or data URI as `uris`. Inside
 the process, what an upsert has acknowledged is in SQLite and fsynced; a server gives what its own disk gives.
 
-Three things that Chroma leaves to its callers are done here:
+Chroma searches along a graph (hnswlib's), which may lead no longer to a document once others were replaced or deleted
+(chroma-core/chroma#7758): of some hundred documents, most of them replaced, one in ten thousand was found by no query.
+So all vectors of a small index are compared here, where nobody else can write to it: inside the process.
+
+Four things that Chroma leaves to its callers are done here:
+- It puts what one write has into its graph in parallel, where new points get lost beside others that are replaced: each
+  kind is a write of its own.
 - An upsert joins new metadata with the old: keys that are gone are removed by name.
 - Dropped vectors stay on the disk: the folder of an index that is no longer in Chroma's tables is removed.
 - After a write that failed inside the process, as on a full disk, a later one may hang: Chroma is opened anew first.
 """
 
-import shutil
-import subprocess
-import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -44,8 +46,10 @@ from mlx_embeddings_server.stores.base import (
     free_bytes,
 )
 from mlx_embeddings_server.stores.batches import batches
+from mlx_embeddings_server.stores.chroma_folder import remove_dead_folders
 from mlx_embeddings_server.stores.chroma_server import NO_CHROMA, ChromaServer, client_settings, sessions_of
 from mlx_embeddings_server.stores.filters import Comparison, Group, Where
+from mlx_embeddings_server.stores.vector_table import MOST_BYTES, VectorTable, VectorTables
 
 # Of the ten nearest of 6,000 vectors spread like texts', 99.8% are found; 98.6% with Chroma's default of 100.
 _HNSW: CreateHNSWConfiguration = {"space": "cosine", "ef_construction": 200, "ef_search": 200}
@@ -56,27 +60,25 @@ _LITTLE_SPACE = 16 * 1024 * 1024  # where the disk is taken to be full when some
 _ROOM = 1024 * 1024
 _FULL = "the disk of the Chroma store is full: make room, then send the request again"
 
-# In a process of its own: to open and close Chroma's file in this one would release the locks that Chroma holds on it.
-_SEGMENTS = """
-import sqlite3, sys, pathlib
-database = sqlite3.connect(pathlib.Path(sys.argv[1]).as_uri() + "?mode=ro", uri=True, timeout=10)
-print("\\n".join(id for (id,) in database.execute("SELECT id FROM segments")))
-"""
 
+def open_chroma(
+    url: str | None, path: Path | None, api_key: str | None, timeout: float, *, table_bytes: int = MOST_BYTES
+) -> "ChromaIndex":
+    """`path` of an embedded one: up to `table_bytes` of vectors are all compared. A server need not answer yet.
 
-def open_chroma(url: str | None, path: Path | None, api_key: str | None, timeout: float) -> "ChromaIndex":
-    """`path` of an embedded one. A server need not answer yet. Raises `StoreUnavailable`."""
+    Raises `StoreUnavailable`.
+    """
     if url is not None:
         server = ChromaServer(url, api_key, timeout)
-        return ChromaIndex(server.connect, server.ask, None)
+        return ChromaIndex(server.connect, server.ask)
     assert path is not None
 
     def connect() -> Client:
         return cast("Client", chromadb.PersistentClient(path=str(path), settings=client_settings()))
 
-    index = ChromaIndex(connect, lambda: None, path)
+    index = ChromaIndex(connect, lambda: None, path, table_bytes)
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    index.remove_dead_folders()
+    remove_dead_folders(path)
     index.check()
     return index
 
@@ -89,11 +91,18 @@ class ChromaIndex:
     name = "chroma"
     kinds: tuple[Kind, ...] = ("dense",)
 
-    def __init__(self, connect: Callable[[], Client], ask: Callable[[], None], path: Path | None) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Client],
+        ask: Callable[[], None],
+        path: Path | None = None,
+        table_bytes: int = MOST_BYTES,
+    ) -> None:
         """At the first use, `connect` is called by one thread, after `ask`. `path`: the folder of an embedded one."""
         self._connect = connect
         self._ask = ask
         self._path = path
+        self._tables = VectorTables(table_bytes)
         self._client: Client | None = None
         self._max_batch = 0
         self._lock = threading.Lock()
@@ -113,7 +122,9 @@ class ChromaIndex:
             self._known.pop(index, None)
         with suppress(IndexGone), self._writing(index):
             self._opened().delete_collection(index)
-        self.remove_dead_folders()
+        self._tables.forget(index)
+        if self._path is not None:
+            remove_dead_folders(self._path)
 
     def indexes(self, prefix: str) -> list[str]:
         with self._errors(prefix):
@@ -135,13 +146,20 @@ class ChromaIndex:
             for batch in batches(documents, self._max_batch, _MAX_BYTES, bytes_of_number=6):
                 ids = [each.document.id for each in batch]
                 before = dict(_rows(records.get(ids=ids, include=["metadatas"]), "metadatas"))
-                records.upsert(
-                    ids=ids,
-                    embeddings=np.stack([each.vectors for each in batch]),
-                    documents=[each.document.text or "" for each in batch],
-                    uris=[each.document.image or "" for each in batch],
-                    metadatas=cast("Any", [_replacing(before.get(each.document.id), each.document) for each in batch]),
-                )
+                known = [each for each in batch if each.document.id in before]
+                new = [each for each in batch if each.document.id not in before]
+                for part in filter(None, (known, new)):
+                    ids = [each.document.id for each in part]
+                    vectors = np.stack([each.vectors for each in part])
+                    metadatas = [_replacing(before.get(each.document.id), each.document) for each in part]
+                    records.upsert(
+                        ids=ids,
+                        embeddings=vectors,
+                        documents=[each.document.text or "" for each in part],
+                        uris=[each.document.image or "" for each in part],
+                        metadatas=cast("Any", metadatas),
+                    )
+                    self._tables.put(index, ids, vectors)
 
     def ids(self, index: str, where: Where | None = None, limit: int | None = None, offset: int = 0) -> list[str]:
         with self._errors(index):
@@ -160,10 +178,14 @@ class ChromaIndex:
     def delete(self, index: str, ids: Sequence[str]) -> None:
         with self._writing(index):
             self._records(index).delete(ids=list(ids))
+            self._tables.remove(index, ids)
 
     def query(
         self, index: str, facts: EmbeddingFacts, vectors: NDArray[np.float32], limit: int, where: Where | None
     ) -> list[tuple[str, float]]:
+        table = self._table(index, facts.dimension)
+        if table is not None:
+            return table.nearest(vectors, limit, None if where is None else self.ids(index, where))
         with self._errors(index):
             reply: Mapping[str, Any] = self._records(index).query(
                 query_embeddings=vectors[np.newaxis],
@@ -172,6 +194,19 @@ class ChromaIndex:
                 include=["distances"],
             )
         return [(id, 1 - far) for id, far in zip(reply["ids"][0], reply["distances"][0], strict=True)]
+
+    def _table(self, index: str, dimension: int) -> VectorTable | None:
+        """With all vectors of the index. None, where it has too many, or is in a server."""
+        if self._path is None or self._tables.is_too_large(index):
+            return None
+        if (found := self._tables.find(index)) is not None:
+            return found
+        with self._one_writer, self._errors(index):  # nothing is written meanwhile
+            records = self._records(index)
+            if (found := self._tables.find(index)) is None and self._tables.takes(index, records.count(), dimension):
+                found = _table_of(records, dimension)
+                self._tables.add(index, found)
+            return found
 
     def check(self) -> None:
         with self._errors(""):
@@ -190,22 +225,6 @@ class ChromaIndex:
                 self._known.clear()
                 for session in sessions:  # which it leaves open
                     session.close()
-
-    def remove_dead_folders(self) -> None:
-        """Of an embedded Chroma: what it leaves of dropped collections."""
-        tables = self._path / "chroma.sqlite3" if self._path else None
-        if self._path is None or tables is None or not tables.exists():
-            return
-        # Looked at first: a collection is in the tables before it has a folder.
-        folders = [each for each in self._path.iterdir() if each.is_dir() and _is_uuid(each.name)]
-        if not folders:
-            return
-        listed = subprocess.run([sys.executable, "-I", "-c", _SEGMENTS, str(tables)], capture_output=True, text=True)
-        if listed.returncode == 0:
-            alive = set(listed.stdout.split())
-            for folder in folders:
-                if folder.name not in alive:
-                    shutil.rmtree(folder, ignore_errors=True)
 
     def _opened(self) -> Client:
         if self._client is None:
@@ -240,8 +259,9 @@ class ChromaIndex:
             try:
                 with self._errors(index):
                     yield
-            except StoreError:
-                self._has_failed = True
+            except BaseException as error:
+                self._tables.forget(index)  # nobody knows what was written
+                self._has_failed = self._has_failed or isinstance(error, StoreError)
                 raise
 
     @contextmanager
@@ -320,6 +340,15 @@ def _replacing(before: Mapping[str, Any] | None, document: Document) -> dict[str
     return {**dict.fromkeys(before or {}), **document.metadata} or None
 
 
+def _table_of(records: Records, dimension: int) -> VectorTable:
+    table = VectorTable(dimension)
+    offset = 0
+    while (page := records.get(limit=_FETCH_AT_ONCE, offset=offset, include=["embeddings"]))["ids"]:
+        table.put(page["ids"], np.asarray(page["embeddings"], np.float32))
+        offset += len(page["ids"])
+    return table
+
+
 def _rows(reply: Mapping[str, Any], column: str) -> Iterator[tuple[str, Any]]:
     return zip(reply["ids"], reply[column], strict=True)
 
@@ -329,11 +358,3 @@ def _documents(reply: Mapping[str, Any]) -> list[Document]:
     columns = (reply[name] or [None] * len(ids) for name in _COLUMNS.values())  # None: was not asked for
     rows = zip(ids, *columns, strict=True)
     return [Document(id, text or None, image or None, dict(metadata or {})) for id, text, image, metadata in rows]
-
-
-def _is_uuid(name: str) -> bool:
-    try:
-        uuid.UUID(name)
-    except ValueError:
-        return False
-    return True
