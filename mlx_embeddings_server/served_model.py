@@ -371,14 +371,20 @@ def _check_dimensions(spec: ModelSpec, info: ModelInfo) -> None:
         raise ModelError(f"its vectors have {info.dimensions} dimensions, and `dimensions` is {spec.dimensions}")
 
 
+_ORIGINS = {
+    "local": "from a local folder",
+    "packaged": "from an installed package",
+    "cache": "revision {} from the cache",
+    "hub": "revision {} from the hub",
+}
+
+
 def _announce(name: str, found: Found, info: ModelInfo) -> None:
     snapshot, choice = found.checkpoint.snapshot, found.choice
     log.info(
-        "serving %s: revision %s from %s, backend %s (%s), device %s, dtype %s, %d dimensions, "
-        "%d tokens at most, takes %s, gives %s%s",
+        "serving %s: %s, backend %s (%s), device %s, dtype %s, %d dimensions, %d tokens at most, takes %s, gives %s%s",
         name,
-        snapshot.revision or "unknown",
-        snapshot.source,
+        _ORIGINS[snapshot.source].format(snapshot.revision),
         info.backend,
         choice.reason if choice.verified else f"{choice.reason}, not verified",
         info.device,

@@ -260,7 +260,7 @@ def test_as_a_module_it_says_what_it_serves(server: Server) -> None:
     assert health(server) == 200
     line = next(line for line in server.log.splitlines() if f"serving {MINILM}" in line)
     for part in (
-        "revision unknown from packaged", "backend torch (", "device cpu", "dtype float32", "384 dimensions",
+        "from an installed package", "backend torch (", "device cpu", "dtype float32", "384 dimensions",
         "256 tokens at most", "takes text", "gives dense vectors",
     ):  # fmt: skip
         assert part in line

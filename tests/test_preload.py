@@ -130,7 +130,7 @@ def test_a_preloaded_model_is_served_without_a_network(machine: Machine, hub: Hu
     unset = dict.fromkeys(("MLX_EMBEDDINGS_PRETRAINED", "MLX_EMBEDDINGS_ADAPTER", "MLX_EMBEDDINGS_REVISION"), "")
     with machine.server(MLX_EMBEDDINGS_MODEL="acme/small", **unset) as server:
         assert_allclose(rows(server, "acme/small"), EXPECTED["base"], atol=1e-5, rtol=0)
-        assert f"revision {COMMIT} from cache" in server.log
+        assert f"revision {COMMIT} from the cache" in server.log
     assert machine.attempts == []
 
 
