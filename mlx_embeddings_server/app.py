@@ -52,6 +52,7 @@ from mlx_embeddings_server.routes.disconnects import ClientGone, DisconnectWatch
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.served_model import Load
 from mlx_embeddings_server.service import EmbeddingService
+from mlx_embeddings_server.setting_combinations import check_combinations, limits_rates
 from mlx_embeddings_server.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ def create_app(settings: Settings, *, load: Load = detect.load, preloads: bool =
     Raises `SettingsError`, or `ModelError` for a model that is not to be had. `load` makes a backend of a checkpoint.
     Where it does not preload, all models are loaded when they are asked for.
     """
-    if not settings.model and not settings.models:
+    if not settings.names_a_model:
         raise SettingsError("no model was named: give --model, or set MLX_EMBEDDINGS_MODEL")
+    check_combinations(settings)
     access, rate_limits = access_of(settings), _rate_limits(settings)  # before anything is downloaded
     telemetry = _telemetry(settings)
     metrics = Metrics()
@@ -102,7 +104,7 @@ def create_app(settings: Settings, *, load: Load = detect.load, preloads: bool =
     service = EmbeddingService(
         metrics,
         dimensions_policy=settings.dimensions_policy,
-        token_decoder=_token_decoder(settings.token_encoding),
+        token_decoder=token_decoder_of(settings),
         image_loader=image_loader,
         cache=_result_cache(settings, metrics),
     )
@@ -227,8 +229,6 @@ def _telemetry(settings: Settings) -> "OpenTelemetry | None":
 
 def _result_cache(settings: Settings, metrics: Metrics) -> ResultCache | None:
     if not settings.cache:
-        if settings.cache_url is not None:
-            raise SettingsError("--cache-url is of use with --cache alone: add it, or drop the URL")
         return None
     shared = None
     if settings.cache_url is not None:
@@ -248,10 +248,6 @@ def _collections(
 ) -> CollectionService | None:
     """None where there are none. Raises `SettingsError`."""
     if settings.collections is None:
-        stray = [name for name in settings.model_fields_set if name.startswith("collections_")]
-        if stray:
-            flag = f"--{min(stray).replace('_', '-')}"
-            raise SettingsError(f"{flag} is of use with --collections alone: add it, such as --collections chroma")
         return None
     return open_collections(settings, models, service, access)
 
@@ -259,10 +255,6 @@ def _collections(
 def _reembed_jobs(settings: Settings, models: Models, collections: "CollectionService | None") -> "ReembedJobs | None":
     """None where there are no collections. Raises `SettingsError`."""
     if collections is None:
-        asked = [name for name in ("reembed_worker", "jobs_url") if getattr(settings, name)]
-        if asked:
-            flag = f"--{asked[0].replace('_', '-')}"
-            raise SettingsError(f"{flag} is of use with --collections alone: add it, such as --collections chroma")
         return None
     # Only now: huey takes a tenth of a second to import.
     from mlx_embeddings_server.jobs.reembed_jobs import open_jobs
@@ -272,13 +264,7 @@ def _reembed_jobs(settings: Settings, models: Models, collections: "CollectionSe
 
 def _rate_limits(settings: Settings) -> "RateLimits | None":
     """None where there are none. Raises `SettingsError`."""
-    requests, tokens = settings.rate_limit_requests, settings.rate_limit_tokens
-    is_on = settings.rate_limit
-    if "rate_limit" not in settings.model_fields_set:
-        is_on = requests is not None or tokens is not None
-    if not is_on:
-        if settings.rate_limit_storage is not None:
-            raise SettingsError("--rate-limit-storage is of use with --rate-limit alone: add it, or drop the URL")
+    if not limits_rates(settings):
         return None
     # Only now: it takes a tenth of a second to import.
     from mlx_embeddings_server.ratelimit import DEFAULT_REQUESTS, DEFAULT_TOKENS, Counters, RateLimits, RedisCounters
@@ -293,18 +279,21 @@ def _rate_limits(settings: Settings) -> "RateLimits | None":
             ) from error
         except ValueError as error:
             raise SettingsError("--rate-limit-storage: must be such as redis://HOST:PORT/0") from error
+    requests, tokens = settings.rate_limit_requests, settings.rate_limit_tokens
     if settings.rate_limit:  # what is not said otherwise
         requests = DEFAULT_REQUESTS if requests is None else requests
         tokens = DEFAULT_TOKENS if tokens is None else tokens
     return RateLimits(Counters(shared), requests=requests or 0, tokens=tokens or 0)
 
 
-def _token_decoder(encoding_name: str) -> TokenDecoder | None:
-    if encoding_name == "native":
+def token_decoder_of(settings: Settings) -> TokenDecoder | None:
+    """Raises `SettingsError`."""
+    name = settings.token_encoding
+    if name == "native":
         return None
-    if not is_known_encoding(encoding_name):
-        raise SettingsError(f"--token-encoding {encoding_name}: known are native, {', '.join(known_encodings())}")
-    return TokenDecoder(encoding_name)
+    if not is_known_encoding(name):
+        raise SettingsError(f"--token-encoding {name}: known are native, {', '.join(known_encodings())}")
+    return TokenDecoder(name)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="mlx-embeddings-server check",
         description="Check a file for --config: print a line for each model that it serves, or all that is wrong with "
-        "it. Loads and downloads nothing. Exits with 0 where all is right, else with 2.",
+        "it. Loads, downloads and opens nothing: what only that shows, such as dimensions or a port in use, is not "
+        "checked, and keys are not wanted here. Exits with 0 where all is right, else with 2.",
     )
     parser.add_argument("file", metavar="FILE", help="YAML file with `models:`, as models.example.yaml")
     path = parser.parse_args(arguments).file
@@ -44,10 +45,10 @@ def _check(path: str, settings: Settings) -> list[str]:
     from mlx_embeddings_server.registry import model_specs, provider_entries
 
     specs = model_specs(settings)
+    if not settings.names_a_model:
+        return [f"{path}: names no model: list some under `models:`, each as `NAME: {{name: ID_OR_PATH}}`"]
     for name, entry in provider_entries(settings).items():
         print(f"{name}: {_describe_provider(name, entry, Path(path).absolute().parent)}")
-    if not specs:
-        return [f"{path}: names no model: list some under `models:`, each as `NAME: {{name: ID_OR_PATH}}`"]
     file = yaml_file.read(path)
     problems, seen = [], set[str]()
     for spec in specs:
@@ -66,7 +67,39 @@ def _check(path: str, settings: Settings) -> list[str]:
             continue
         seen.add(name)
         print(f"{name}: {description}" + (f"; aliases: {', '.join(spec.aliases)}" if spec.aliases else ""))
-    return problems
+    return problems + [f"{path}: {problem}" for problem in _check_rest(settings, checks_models=not problems)]
+
+
+def _check_rest(settings: Settings, *, checks_models: bool) -> Iterator[str]:
+    """What is wrong with other settings than the models' own, as far as it shows without opening anything."""
+    from mlx_embeddings_backends.errors import ModelError
+    from mlx_embeddings_server.app import token_decoder_of
+    from mlx_embeddings_server.auth.access import access_of
+    from mlx_embeddings_server.metrics import Metrics
+    from mlx_embeddings_server.models import Models
+    from mlx_embeddings_server.setting_combinations import check_combinations
+    from mlx_embeddings_server.stores.opening import parse_target
+
+    def check_models() -> None:
+        if checks_models:
+            Models(settings, Metrics(), only_checks=True)
+
+    def check_collections() -> None:
+        if settings.collections is not None:
+            parse_target(settings.collections)
+
+    def check_access() -> None:
+        check_combinations(settings)
+        try:
+            access_of(settings)
+        except SettingsError as error:
+            print(f"access: without its key here: {error}")  # it may be where the server will run
+
+    for check in (check_models, check_collections, check_access, lambda: token_decoder_of(settings)):
+        try:
+            check()
+        except (SettingsError, ModelError) as error:
+            yield str(error)
 
 
 def _describe_provider(name: str, entry: "ProviderEntry", folder: Path) -> str:

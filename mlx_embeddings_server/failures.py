@@ -26,7 +26,13 @@ from mlx_embeddings_server.errors import (
     Overloaded,
     Unavailable,
 )
-from mlx_embeddings_server.providers.base import InputRefused, KeyRejected, ProviderBusy, ProviderFailed
+from mlx_embeddings_server.providers.base import (
+    InputRefused,
+    KeyRejected,
+    ProviderBusy,
+    ProviderFailed,
+    ShuttingDown,
+)
 
 _LONGEST_RETRY_AFTER = 60  # seconds
 
@@ -53,6 +59,8 @@ def as_api_errors(field: str, place_of: Sequence[int]) -> Iterator[None]:
         raise InternalError(message, code="inference_failed") from error
     except WorkerLost as error:
         raise Unavailable(f"{error}: try again later", code="backend_lost") from error
+    except ShuttingDown as error:
+        raise Unavailable("the server is shutting down", code="shutting_down") from error
     except (ProviderFailed, ProviderBusy, InputRefused) as error:
         raise _of_provider(error, field, place_of) from error
 

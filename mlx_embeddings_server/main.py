@@ -30,7 +30,8 @@ mlx-embeddings-server: no model was named. Two commands that work:
   mlx-embeddings-server --model sentence-transformers/all-MiniLM-L6-v2
   mlx-embeddings-server --model ./path/to/a/model/folder
 
-Several, each with its own settings, are listed in a file (--config) as models.example.yaml has them.
+Several, each with its own settings, and models of other servers are listed in a file (--config) as
+models.example.yaml has them.
 --help lists all options.
 """
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = load_settings({name: value for name, value in flags.items() if value is not None})
     except SettingsError as error:
         _exit(str(error))
-    if not settings.model and not settings.models:
+    if not settings.names_a_model:
         sys.stderr.write(_NO_MODEL)
         sys.exit(2)
     # Only now: what follows imports the web framework, and then the model's backend.

@@ -29,13 +29,18 @@ _IDLE_CHECK = 1.0
 class Models:
     """All served models. `load` builds a backend of what was found; tests pass their own."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, load: Load = detect.load) -> None:
-        """Find the pinned models' checkpoints, without loading them. Raises `ModelError` or `SettingsError`."""
+    def __init__(
+        self, settings: Settings, metrics: Metrics, load: Load = detect.load, *, only_checks: bool = False
+    ) -> None:
+        """Find the pinned models' checkpoints, without loading them. Raises `ModelError` or `SettingsError`.
+
+        `only_checks`: what the settings say of models must fit together; neither checkpoints nor keys are looked for.
+        """
         self._max_memory = settings.max_memory
         self._local: list[ServedModel] = []
         self._loaded = False
         names: dict[str, Model] = {}
-        providers = provider_specs(settings)
+        providers = provider_specs(settings, with_keys=not only_checks)
         self.providers: Mapping[str, Endpoint] = {name: Endpoint(spec.endpoint) for name, spec in providers.items()}
         keeps = settings.cache or settings.collections is not None
         parts = Parts(metrics, load, settings.max_queue_tokens, DeviceTurns(), keep_results=keeps)
@@ -49,8 +54,10 @@ class Models:
                 names[spec.name] = RemoteModel(spec.name, spec, self.providers[spec.provider])
                 continue
             with _named(spec.name or spec.source, among=len(specs)):
-                found = Found.of(spec) if spec.pinned else None
+                found = Found.of(spec) if spec.pinned and not only_checks else None
             name = spec.name
+            if only_checks and name is None:
+                name = hub.ALIASES.get(spec.source, spec.source)
             if found is not None and name is None:
                 snapshot = found.checkpoint.snapshot
                 name = snapshot.name
@@ -96,25 +103,25 @@ class Models:
                 f"{_megabytes(self._max_memory)}"
             )
 
-    def get(self, name: str, provider: str | None = None) -> Model:
+    def get(self, name: str, provider: str | None = None, *, remembers: bool = False) -> Model:
         """By served name, alias or PROVIDER:MODEL; with a `provider`, of its models. Raises `NotFound`.
 
         What its provider elsewhere calls it will do, too, if no other model is called so. A name that nobody has is
         looked for at the default model's provider.
         """
         try:
-            return self._names.get(name, provider)
+            return self._names.get(name, provider, remembers=remembers)
         except NotFound:
             says_where = provider is not None or self._names.provider_of(name.partition(":")[0]) is not None
             if says_where or self._default is None or not self._default.spec.is_remote:
                 raise
             with suppress(NotFound):  # the first one says more
-                return self._names.get(name, self._default.spec.provider)
+                return self._names.get(name, self._default.spec.provider, remembers=remembers)
             raise
 
-    def asked(self, name: str, provider: str | None = None) -> Model:
+    def asked(self, name: str, provider: str | None = None, *, remembers: bool = True) -> Model:
         """The same, for whoever wants to use it. Raises `PermissionDenied` for what is not allowed."""
-        model = self.get(name, provider)
+        model = self.get(name, provider, remembers=remembers)
         self.allow_list.check(model)
         return model
 
@@ -133,11 +140,11 @@ class Models:
         if name is None:
             return None
         try:
-            model = self._names.get(name)
+            model = self._names.get(name, remembers=False)
             self.allow_list.check(model)
         except ApiError as error:
             raise SettingsError(f"--default-model: {error}") from error
-        return model
+        return self._names.listed(model)
 
     @property
     def provider_names(self) -> Sequence[str]:
@@ -208,13 +215,18 @@ class Models:
             await endpoint.aclose()
 
     def stop(self) -> None:
-        """Fail every request that is not answered yet; the workers end after the batch that runs."""
+        """Fail every request that is not answered yet; the workers end after the batch that runs. On the event loop."""
+        for endpoint in self.providers.values():
+            endpoint.stop()
+        self._stop_workers()
+
+    def _stop_workers(self) -> None:
         for model in self._local:
             model.stop()
 
     def close(self, timeout: float = 0) -> bool:
         """Stop, and wait for the workers. False: one still runs a batch, or a model is being loaded."""
-        self.stop()
+        self._stop_workers()
         gc.unfreeze()  # else what the libraries made would never be freed, and nanobind prints a page of leaks
         deadline = time.monotonic() + timeout
         return all([model.close(deadline) for model in self._local])

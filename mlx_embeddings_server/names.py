@@ -44,8 +44,8 @@ class Names:
         """By served name or alias."""
         return self._models.get(name if name in self._models else self._aliases.get(name, ""))
 
-    def get(self, name: str, provider: str | None = None) -> Model:
-        """Raises `NotFound` with what there is."""
+    def get(self, name: str, provider: str | None = None, *, remembers: bool = True) -> Model:
+        """Raises `NotFound` with what there is. `remembers`: a model that nothing lists, as it is going to be used."""
         if provider is None and (model := self.named(name)) is not None:
             return model
         prefix, _, rest = name.partition(":")
@@ -58,7 +58,13 @@ class Names:
             provider = self._asked_provider(provider)
             if provider == prefixed or {provider, prefixed} <= set(LOCAL_NAMES):
                 name = rest
-        return self._listed_at(provider, name) or self._other_at(provider, name)
+        return self._listed_at(provider, name) or self._other_at(provider, name, remembers=remembers)
+
+    def listed(self, model: Model) -> Model:
+        """The model of that name, which is listed from now on."""
+        if model.name not in self._models:
+            self._models[model.name] = self.make(model.spec.provider, model.spec.source)
+        return self._models[model.name]
 
     @property
     def providers(self) -> Sequence[str]:
@@ -82,8 +88,11 @@ class Names:
     def spellings(self, model: Model) -> list[str]:
         """All that it can be called by, but for what its provider's other names make of these."""
         aliases = [alias for alias, name in self._aliases.items() if name == model.name]
-        own = [] if model.spec.is_remote else [model.spec.source, f"{LOCAL}:{model.name}"]
-        return [model.name, *aliases, f"{model.spec.provider}:{model.spec.source}", *own]
+        source, is_remote = model.spec.source, model.spec.is_remote
+        providers = [model.spec.provider] if is_remote else LOCAL_NAMES
+        at_provider = [f"{provider}:{each}" for provider in providers for each in (model.name, *aliases, source)]
+        is_clear = not is_remote or len(self._called(source)) == 1
+        return [model.name, *aliases, *at_provider, *([source] if is_clear else [])]
 
     def takes_any(self, reference: str) -> bool:
         """Whether it may be one of the models that a provider takes without a list."""
@@ -113,10 +122,20 @@ class Names:
 
         What runs here has the name that it was given in the place of its own.
         """
-        found = [model for model in self if model.spec.is_remote and model.spec.source == name]
-        if len(found) != 1:
+        found = self._called(name)
+        if len(found) > 1:
+            raise NotFound(
+                f"several models are called {quoted(name)} by their providers: ask for one of "
+                f"{', '.join(model.name for model in found)}",
+                param="model",
+                code="model_not_found",
+            )
+        if not found:
             raise self._unknown(name)
         return found[0]
+
+    def _called(self, name: str) -> list[Model]:
+        return [model for model in self if model.spec.is_remote and model.spec.source == name]
 
     def _listed_at(self, provider: str, name: str) -> Model | None:
         """By its name here, or by what its provider calls it."""
@@ -127,7 +146,7 @@ class Names:
         of_provider = (each for each in self if each.spec.provider == provider)
         return next((each for each in of_provider if name == each.spec.source), None)
 
-    def _other_at(self, provider: str, name: str) -> Model:
+    def _other_at(self, provider: str, name: str, *, remembers: bool) -> Model:
         key = provider, name
         if (model := self._others.pop(key, None)) is not None:
             self._others[key] = model
@@ -135,6 +154,8 @@ class Names:
         is_allowed = provider in self._providers and self._providers[provider].any_model
         if not is_allowed or not name.isprintable() or len(name) > _LONGEST_NAME:
             raise self._unknown(f"{provider}:{name}")
+        if not remembers:
+            return self.make(provider, name, is_listed=False)
         if len(self._others) >= _MOST_OTHERS:
             # Whoever uses it goes on with it; whoever asks for it next learns its vectors' size again.
             del self._others[next(iter(self._others))]

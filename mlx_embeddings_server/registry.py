@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import SecretStr
+
 from mlx_embeddings_backends.base import Kind, Truncate
 from mlx_embeddings_server.model_entry import ModelEntry
 from mlx_embeddings_server.provider_entry import KNOWN, LOCAL_NAMES, ProviderEntry, key_of
@@ -56,10 +58,13 @@ class ProviderSpec:
     any_model: bool = False
 
 
-def provider_specs(settings: Settings) -> dict[str, ProviderSpec]:
+def provider_specs(settings: Settings, *, with_keys: bool = True) -> dict[str, ProviderSpec]:
     """Raises `SettingsError`, where a key is not to be had."""
     folder = Path(settings.config or "").absolute().parent
-    return {name: _provider(name, entry, folder) for name, entry in provider_entries(settings).items()}
+    return {
+        name: _provider(name, entry, _key(name, entry, folder) if with_keys else None)
+        for name, entry in provider_entries(settings).items()
+    }
 
 
 def provider_entries(settings: Settings) -> dict[str, ProviderEntry]:
@@ -72,11 +77,14 @@ def _providers_of(references: tuple[str, ...]) -> list[str]:
     return [reference.partition(":")[0] for reference in references if ":" in reference]
 
 
-def _provider(name: str, entry: ProviderEntry, folder: Path) -> ProviderSpec:
+def _key(name: str, entry: ProviderEntry, folder: Path) -> SecretStr | None:
     try:
-        key = key_of(name, entry, folder)
+        return key_of(name, entry, folder)
     except ValueError as error:
         raise SettingsError(f"providers.{name}: {error}") from error
+
+
+def _provider(name: str, entry: ProviderEntry, key: SecretStr | None) -> ProviderSpec:
     endpoint = EndpointSettings(
         name,
         entry.url_of(name),

@@ -3,13 +3,14 @@
 import asyncio
 import hashlib
 import time
+from collections.abc import Awaitable
 from typing import Literal, Self
 
 from mlx_embeddings_backends.base import Item, ModelInfo
 from mlx_embeddings_server.cache.keys import canonical
 from mlx_embeddings_server.errors import NotFound, quoted
 from mlx_embeddings_server.failures import as_api_errors
-from mlx_embeddings_server.providers.base import REMOTE, InputRefused, NoSuchModel
+from mlx_embeddings_server.providers.base import REMOTE, InputRefused, NoSuchModel, Vectors
 from mlx_embeddings_server.providers.endpoint import Endpoint
 from mlx_embeddings_server.providers.remote import RemoteProvider
 from mlx_embeddings_server.registry import ModelSpec
@@ -37,7 +38,7 @@ class RemoteModel:
         self.endpoint = endpoint
         self._provider = self._new_provider()
         self._info: ModelInfo | None = None
-        self._probing = asyncio.Lock()
+        self._probing: asyncio.Task[Vectors] | None = None
 
     @property
     def state(self) -> Literal["ready", "unavailable"]:
@@ -84,9 +85,11 @@ class RemoteModel:
     async def __aenter__(self) -> Self:
         """Know the size of its vectors. Raises an `ApiError`."""
         if self.known_info is None:
-            async with self._probing:
-                if self.known_info is None:
-                    await self._probe(self._provider)
+            # One for all that wait for it: each by itself would take its time after the others'.
+            if self._probing is None or self._probing.done():
+                self._probing = asyncio.ensure_future(self._provider.embed([Item(_PROBE)], "none"))
+                self._probing.add_done_callback(lambda done: done.cancelled() or done.exception())  # all may have left
+            await self._probed(asyncio.shield(self._probing))
         return self
 
     async def __aexit__(self, *failure: object) -> None:
@@ -95,7 +98,7 @@ class RemoteModel:
     async def load(self) -> None:
         """Ask for a vector, to see whether it answers, and how large its vectors are now. Raises an `ApiError`."""
         provider = self._new_provider()
-        await self._probe(provider)
+        await self._probed(provider.embed([Item(_PROBE)], "none"))
         # Requests that are under way keep the size that they began with.
         self._provider, self._info = provider, None
 
@@ -105,10 +108,10 @@ class RemoteModel:
     def _new_provider(self) -> RemoteProvider:
         return RemoteProvider(self.endpoint, self.spec.source, self.spec.dimensions)
 
-    async def _probe(self, provider: RemoteProvider) -> None:
+    async def _probed(self, probe: Awaitable[Vectors]) -> None:
         with as_api_errors("input", ()):
             try:
-                await provider.embed([Item(_PROBE)], "none")
+                await probe
             except (NoSuchModel, InputRefused) as error:
                 if not self.is_listed:
                     raise NotFound(

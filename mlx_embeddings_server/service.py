@@ -41,7 +41,7 @@ from mlx_embeddings_server.options import (
     prompt_of,
 )
 from mlx_embeddings_server.pooling import normalized, pool_patches, pool_tokens
-from mlx_embeddings_server.providers.base import REMOTE, Timings, Vectors
+from mlx_embeddings_server.providers.base import REMOTE, ProviderFailed, Timings, Vectors
 from mlx_embeddings_server.request_record import add_tokens, note_inputs
 from mlx_embeddings_server.settings import DimensionsPolicy
 from mlx_embeddings_server.tracing import stages
@@ -176,12 +176,14 @@ class EmbeddingService:
         return vectors
 
     async def _compute_elsewhere(self, model: Model, truncate: Truncate, items: Sequence[Item]) -> Vectors:
-        started, failed = time.perf_counter(), True
+        started = time.perf_counter()
         try:
             vectors = await model.provider.embed(items, truncate)
-            failed = False
-        finally:
-            self._metrics.observe_provider(model.provider.name, time.perf_counter() - started, failed=failed)
+        except ProviderFailed as error:
+            if error.counts:  # else it answered, or was not asked
+                self._metrics.observe_provider(model.provider.name, time.perf_counter() - started, failed=True)
+            raise
+        self._metrics.observe_provider(model.provider.name, time.perf_counter() - started, failed=False)
         return vectors
 
     def account(self, model: Model, inputs: int, tokens: int) -> None:

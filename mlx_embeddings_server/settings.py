@@ -258,6 +258,12 @@ class Settings(BaseSettings):
             raise ValueError("must not be true or false (nor yes, no, on or off, which YAML reads as those)")
         return value
 
+    @property
+    def names_a_model(self) -> bool:
+        """Whether there is any to serve: here, or at a provider."""
+        at_providers = any(entry.models or entry.any_model for entry in self.providers.values())
+        return bool(self.model or self.models or at_providers)
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_embeddings_server.app import create_app
 from mlx_embeddings_server.auth.access import access_of
+from mlx_embeddings_server.setting_combinations import check_combinations
 from mlx_embeddings_server.settings import SettingsError, load_settings
 from tests.scripted import scripted_server
 from tests.server import Server
@@ -259,7 +260,9 @@ def test_settings_that_cannot_be_are_told_and_no_secret_with_them(
         (tmp_path / name).write_bytes(content)
 
     with pytest.raises(SettingsError) as told:
-        access_of(load_settings({"model": "m", **flags}))
+        settings = load_settings({"model": "m", **flags})
+        check_combinations(settings)
+        access_of(settings)
 
     assert said in str(told.value)
     assert KEY not in str(told.value) and SECRET not in str(told.value)

@@ -125,6 +125,39 @@ def test_all_errors_are_told_by_line(tmp_path: Path, minilm: Path) -> None:
     assert "is no folder" in said[0] and "'strange'" in said[1] and "neither a folder here nor an id" in said[2]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("default_model: zzz", "--default-model: the model 'zzz' is not served here"),
+        ("allowed_providers: [zzz]", "--allowed-providers zzz: there is no such provider"),
+        ("allowed_models: [zzz]", "--allowed-models zzz: no such model is served"),
+        ("collections: nonsense", "collections: 'nonsense' is no store"),
+        ("collections_path: ./kept", "--collections-path is of use with --collections alone"),
+        ("reembed_worker: true", "--reembed-worker is of use with --collections alone"),
+        ("cache_url: redis://localhost", "--cache-url is of use with --cache alone"),
+        ("rate_limit_storage: redis://localhost:6379", "--rate-limit-storage is of use with --rate-limit alone"),
+        ("token_encoding: nope", "--token-encoding nope: known are native, "),
+        ("jwt_audience: someone", "--jwt-audience is about tokens"),
+        ("api_key: abcdefghijklmnop\napi_key_file: ./key", "--api-key and --api-key-file exclude each other"),
+        (
+            "providers: {p: {url: 'http://localhost:9/v1', models: [q]}}\ndefault_model: q2",
+            "--default-model: the model 'q2' is not served here; served: m, p:q",
+        ),
+    ],
+)
+def test_the_other_settings_are_checked_too(tmp_path: Path, content: str, said: str) -> None:
+    done = check(tmp_path, f"models: {{m: {{name: a/b}}}}\n{content}\n")
+    assert done.returncode == 2 and done.stderr.startswith(f"models.yaml: {said}"), done.stderr
+    assert done.stdout.endswith("m: a/b, not downloaded yet\n")
+
+
+def test_keys_may_be_where_the_server_will_run(tmp_path: Path) -> None:
+    done = check(tmp_path, "models: {m: {name: a/b}}\napi_key_file: ./none\ndefault_model: m\ncollections: chroma\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "access: without its key here: --api-key-file: ./none cannot be read" in done.stdout
+    assert [each.name for each in tmp_path.iterdir()] == ["models.yaml"]  # nothing was opened
+
+
 @pytest.mark.parametrize("content", ["", "port: 1\n"])
 def test_a_file_without_models(tmp_path: Path, content: str) -> None:
     done = check(tmp_path, content)

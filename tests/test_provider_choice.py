@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -77,6 +78,24 @@ def test_what_no_provider_may_serve(here: Server, model: str, provider: str | No
     headers = {} if provider is None else {"x-provider": provider}
     reply = here.client.post("/v1/embeddings", json={"model": model, "input": "a"}, headers=headers)
     assert said in message(reply, 404, code)
+
+
+def test_an_id_that_two_models_have_says_which(tmp_path: Path, up: Upstream) -> None:
+    providers = {name: {"url": f"{up.url}/{name}/v1"} for name in ("good", "far")}
+    models = {name: {"provider": name, "name": "same", "dimensions": DIMENSIONS} for name in providers}
+    with providers_server(tmp_path, providers, models) as server:
+        said = message(server.embed("a", "same"), 404, "model_not_found")
+        assert said == "several models are called 'same' by their providers: ask for one of good, far"
+
+
+def test_who_looks_at_models_has_none_forgotten(here: Server, up: Upstream) -> None:
+    assert here.embed("a", "good:looked-at").status_code == 200
+    for number in range(101):
+        path = f"/v1/models/good:seen-{number}" if number % 2 else f"/api/v1/embeddings/models/good:seen-{number}"
+        assert here.client.get(path).status_code == 200
+    before = len(up.requests["good"])
+    assert here.embed("b", "good:looked-at").status_code == 200
+    assert len(up.requests["good"]) == before + 1  # its vectors' size is known
 
 
 def test_a_model_that_a_caller_makes_up_is_not_found(here: Server, up: Upstream) -> None:

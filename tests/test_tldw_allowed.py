@@ -124,17 +124,21 @@ def test_lists_say_what_is_allowed(server: Server) -> None:
     said = server.client.get("/api/v1/embeddings/models").json()
 
     allowed = {each["model"]: each["allowed"] for each in said["data"]}
-    assert allowed == {"toy": False, "elsewhere": True, "by-alias": True, "refused": False}
+    assert allowed == {
+        "toy": False, "elsewhere": True, "by-alias": True, "refused": False, "text-embedding-3-small": True
+    }  # fmt: skip
+    assert [each["model"] for each in said["data"] if each["default"]] == ["text-embedding-3-small"]
     assert said["allowed_models"] == ["elsewhere", "short", "openai:text-*"]
     assert said["allowed_providers"] == ["openai", "other", "down"]
-    assert [each["id"] for each in server.client.get("/v1/models").json()["data"]] == ["elsewhere", "by-alias"]
-    assert server.client.get("/").json()["models"] == ["elsewhere", "by-alias"]
+    usable = ["elsewhere", "by-alias", "openai:text-embedding-3-small"]
+    assert [each["id"] for each in server.client.get("/v1/models").json()["data"]] == usable
+    assert server.client.get("/").json()["models"] == usable
     described = server.client.get("/api/v1/embeddings/models/toy").json()
     assert (described["allowed"], described["provider"]) == (False, "local")
     config = server.client.get("/api/v1/embeddings/providers-config").json()
     assert (config["default_provider"], config["default_model"]) == ("openai", "text-embedding-3-small")
     assert config["providers"] == [
-        {"name": "openai", "models": []},
+        {"name": "openai", "models": ["text-embedding-3-small"]},
         {"name": "other", "models": ["elsewhere"]},
         {"name": "down", "models": ["by-alias"]},
     ]
@@ -168,7 +172,13 @@ def test_lists_of_what_is_not_there_end_the_start(tmp_path: Path, settings: dict
 
 
 @pytest.mark.parametrize(
-    "settings", [{"allowed_providers": ["huggingface"]}, {"allowed_models": ["t*"]}, {"allowed_models": ["local:toy"]}]
+    "settings",
+    [
+        {"allowed_providers": ["huggingface"]},
+        {"allowed_models": ["t*"]},
+        {"allowed_models": ["local:toy"]},
+        {"allowed_models": ["huggingface:toy"]},
+    ],
 )
 def test_this_server_is_a_provider_of_several_names(up: Upstream, tmp_path: Path, settings: dict[str, Any]) -> None:
     far = {"name": "m", "provider": "other", "dimensions": DIMENSIONS}
@@ -176,3 +186,12 @@ def test_this_server_is_a_provider_of_several_names(up: Upstream, tmp_path: Path
     with providers_server(tmp_path, providers, {"far": far}, **settings) as server:
         assert embed(server, "toy").status_code == 200
         assert embed(server, "far").status_code == 403
+
+
+@pytest.mark.parametrize("pattern", ["m", "far", "other:m", "other:far"])
+def test_a_model_elsewhere_is_allowed_by_all_that_it_is_called(up: Upstream, tmp_path: Path, pattern: str) -> None:
+    far = {"name": "m", "provider": "other", "dimensions": DIMENSIONS}
+    providers = {"other": {"url": f"{up.url}/other/v1"}}
+    with providers_server(tmp_path, providers, {"far": far}, allowed_models=[pattern]) as server:
+        assert embed(server, "far").status_code == embed(server, "m").status_code == 200
+        assert embed(server, "toy").status_code == 403

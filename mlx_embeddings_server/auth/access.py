@@ -4,27 +4,18 @@ import logging
 
 from mlx_embeddings_server.auth.caller import Access
 from mlx_embeddings_server.auth.keys import KeyAccess, read_secret
+from mlx_embeddings_server.setting_combinations import ACCESS, flag
 from mlx_embeddings_server.setting_types import check_jwt_secret, check_key
 from mlx_embeddings_server.settings import Settings, SettingsError
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("api_key", "api_key_file", "jwt_secret", "jwt_secret_file", "jwt_jwks")
-_OF_TOKENS = ("jwt_audience", "jwt_issuer", "jwt_admin_claim")
 _SHORTEST_KEY = 16  # characters: one that is kept in a file needs not be remembered
 
 
 def access_of(settings: Settings) -> Access | None:
-    """None where everybody may call. Raises `SettingsError`."""
-    given = [name for name in _SOURCES if getattr(settings, name) is not None]
-    if len(given) > 1:
-        raise SettingsError(f"{' and '.join(map(_flag, given))} exclude each other: callers are told apart in one way")
-    stray = [name for name in _OF_TOKENS if name in settings.model_fields_set]
-    if stray and not (given and given[0].startswith("jwt")):
-        raise SettingsError(
-            f"{_flag(stray[0])} is about tokens: give --jwt-secret, --jwt-secret-file or --jwt-jwks too"
-        )
-    match given:
+    """None where everybody may call. Of `settings` that fit together; raises `SettingsError` for one that is wrong."""
+    match [name for name in ACCESS if getattr(settings, name) is not None]:
         case ["api_key"] if settings.api_key is not None:
             return KeyAccess(settings.api_key.get_secret_value())
         case ["api_key_file"]:
@@ -59,8 +50,8 @@ def _token_access(settings: Settings) -> Access:
         else:
             keys = tokens.SecretKeys(check_jwt_secret(read_secret(str(settings.jwt_secret_file))))
     except (ValueError, jwks.KeySetError) as error:
-        flag = next(name for name in _SOURCES if getattr(settings, name) is not None)
-        raise SettingsError(f"{_flag(flag)}: {error}") from error
+        source = next(name for name in ACCESS if getattr(settings, name) is not None)
+        raise SettingsError(f"{flag(source)}: {error}") from error
     if place is not None and settings.jwt_audience is None:
         log.warning("every token of the issuer is taken, those for other services too: --jwt-audience says whose are")
     return tokens.TokenAccess(
@@ -69,7 +60,3 @@ def _token_access(settings: Settings) -> Access:
         issuer=settings.jwt_issuer,
         admin_claim=tokens.AdminClaim(settings.jwt_admin_claim),
     )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -86,6 +86,10 @@ class CircuitOpen(ProviderFailed):
     counts = False
 
 
+class ShuttingDown(Exception):
+    """This server ends, and the provider has not answered yet."""
+
+
 class ProviderBusy(Exception):
     """As many requests as may be are under way, and none ended in time. The message is for callers."""
 

@@ -46,9 +46,8 @@ class Circuit:
         """Close it, whatever was."""
         self._close()
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around a call: its end counts. Raises `CircuitOpen` where there is to be none."""
+    def check(self) -> None:
+        """Raises `CircuitOpen` where there is to be no call now."""
         if (seconds := self.retry_after) is not None:
             raise CircuitOpen(
                 f"the provider {self.provider!r} failed {self.failure_count} times in a row and is left alone for "
@@ -56,6 +55,11 @@ class Circuit:
                 is_temporary=True,
                 retry_after=seconds,
             )
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call: its end counts. Raises `CircuitOpen` where there is to be none."""
+        self.check()
         is_trial = self._is_tried = self.state == "half_open"
         try:
             yield

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final
 
 import httpx
@@ -20,6 +21,7 @@ from mlx_embeddings_server.providers.base import (
     NoSuchModel,
     ProviderBusy,
     ProviderFailed,
+    ShuttingDown,
 )
 from mlx_embeddings_server.providers.circuit import Circuit
 from mlx_embeddings_server.providers.reply import Reply, parse, refusal
@@ -74,11 +76,14 @@ class Endpoint:
             timeout=httpx.Timeout(settings.timeout, connect=settings.connect_timeout),
             limits=httpx.Limits(max_connections=settings.max_in_flight),
             follow_redirects=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none is kept: all callers share the client
             # A proxy of the environment is for what is elsewhere.
             trust_env=url.host not in ("localhost", "127.0.0.1", "::1"),
         )
         self._url = url
         self._slots = asyncio.Semaphore(settings.max_in_flight)
+        self._waiting: set[asyncio.Timeout] = set()
+        self._is_stopped = False
         self._retrying = stamina.AsyncRetryingCaller(
             attempts=1 + settings.retries,
             timeout=None,
@@ -91,17 +96,24 @@ class Endpoint:
     def name(self) -> str:
         return self.settings.name
 
+    def stop(self) -> None:
+        """End what waits, with `ShuttingDown`. On the event loop."""
+        self._is_stopped = True
+        for waiting in self._waiting:
+            waiting.reschedule(asyncio.get_running_loop().time())
+
     async def aclose(self) -> None:
         await self._client.aclose()
 
     async def embed(self, model: str, inputs: Sequence[Content]) -> tuple[Reply, float]:
         """Vectors of `batch_size` inputs at most, all texts or all token ids; and the seconds until it was their turn.
 
-        Raises `ProviderFailed`, `ProviderBusy` or `InputRefused`.
+        Raises `ProviderFailed`, `ProviderBusy`, `InputRefused` or `ShuttingDown`.
         """
         started = time.perf_counter()
+        self.circuit.check()  # before it waits for others, which may be the one that tries
         try:
-            async with asyncio.timeout(self.settings.timeout):
+            async with self._timeout():
                 await self._slots.acquire()
         except TimeoutError:
             raise ProviderBusy(f"the provider {self.name!r} has been busy for {self.settings.timeout:g} s") from None
@@ -122,18 +134,33 @@ class Endpoint:
         def pause_before_retry(error: Exception) -> bool | float:
             if not isinstance(error, ProviderFailed) or not error.may_retry or self.circuit.state == "open":
                 return False
-            if error.retry_after is None:
+            if error.retry_after is None or error.retry_after < _FIRST_PAUSE:
                 return True
             left = min(_LONGEST_PAUSE, deadline - time.monotonic())
             return error.retry_after if error.retry_after < left else False
 
         try:
-            async with asyncio.timeout(self.settings.timeout):
+            async with self._timeout():
                 return await self._retrying(pause_before_retry, lambda: self._ask(body, len(inputs)))
         except TimeoutError:
             raise ProviderFailed(
                 f"the provider {self.name!r} gave no answer in {self.settings.timeout:g} s", is_temporary=True
             ) from None
+
+    @asynccontextmanager
+    async def _timeout(self) -> AsyncIterator[None]:
+        """Raises `TimeoutError`, or `ShuttingDown`."""
+        try:
+            async with asyncio.timeout(0 if self._is_stopped else self.settings.timeout) as waiting:
+                self._waiting.add(waiting)
+                try:
+                    yield
+                finally:
+                    self._waiting.discard(waiting)
+        except TimeoutError:
+            if self._is_stopped:
+                raise ShuttingDown from None
+            raise
 
     async def _ask(self, body: bytes, count: int) -> Reply:
         """Once. What httpx says may hold the address: it is for the log."""

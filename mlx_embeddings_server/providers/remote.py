@@ -11,9 +11,9 @@ from mlx_embeddings_backends.base import Item, Row, Truncate
 from mlx_embeddings_server.providers.base import Account, InputRefused, OtherDimensions, Timings, Vectors
 from mlx_embeddings_server.providers.endpoint import Content, Endpoint
 
-# Characters of a request there (four to a token id): OpenAI takes 300,000 tokens in all.
+# Characters of a request there: OpenAI takes 300,000 tokens in all.
 _BATCH_CHARACTERS: Final = 800_000
-_CHARACTERS_OF_ID: Final = 4
+_CHARACTERS_OF_TOKEN: Final = 4
 
 
 class RemoteProvider:
@@ -46,7 +46,10 @@ class RemoteProvider:
                     raise
                 self._check(reply.rows.shape[1])
                 rows.update(zip(places, reply.rows, strict=True))
-                tokens.update(zip(places, shares(reply.tokens, list(map(_length, inputs))), strict=True))
+                lengths = list(map(_length, inputs))
+                # Limits count tokens, so that there have to be some.
+                total = max(1, sum(lengths) // _CHARACTERS_OF_TOKEN) if reply.tokens is None else reply.tokens
+                tokens.update(zip(places, shares(total, lengths), strict=True))
                 waits.append(waited)
 
         all_batches = _batches(contents, self.endpoint.settings.batch_size)
@@ -89,7 +92,7 @@ def _content(item: Item) -> Content:
 
 
 def _length(content: Content) -> int:
-    return len(content) * (_CHARACTERS_OF_ID if isinstance(content, tuple) else 1)
+    return len(content) * (_CHARACTERS_OF_TOKEN if isinstance(content, tuple) else 1)
 
 
 def _batches(contents: Sequence[Content], size: int) -> list[list[int]]:

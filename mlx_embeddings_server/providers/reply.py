@@ -27,7 +27,7 @@ class Reply:
     """Vectors of one request's inputs, in their order."""
 
     rows: NDArray[np.float32]  # [inputs, dimensions]
-    tokens: int  # of all inputs; 0 where the API does not say
+    tokens: int | None  # of all inputs; None where the API does not say
 
 
 def parse(provider: str, body: bytes, count: int) -> Reply:
@@ -79,9 +79,9 @@ def _row(provider: str, value: Any) -> NDArray[np.float32]:
         return row.astype(np.float32)
 
 
-def _tokens(usage: Any) -> int:
+def _tokens(usage: Any) -> int | None:
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else 0
+    return tokens if type(tokens) is int and 0 <= tokens <= _MOST_TOKENS else None
 
 
 def refusal(body: bytes, key: str | None) -> InputRefused:

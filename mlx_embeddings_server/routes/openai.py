@@ -94,7 +94,7 @@ async def list_models(request: Request) -> JSONResponse:
 @router.get("/models/{name:path}")
 async def get_model(request: Request, name: str) -> JSONResponse:
     """One served model."""
-    return JSONResponse(describe(runtime_of(request).models.asked(name)))
+    return JSONResponse(describe(runtime_of(request).models.asked(name, remembers=False)))
 
 
 def _options(body: EmbeddingsRequest, dimensions_policy: DimensionsPolicy | None) -> EmbedOptions:

@@ -28,6 +28,19 @@ def open_store(target: str, folder: Path, *, api_key: str | None = None, timeout
 
     `timeout`: seconds for each reply of a store by URL. It need not answer yet. Raises `SettingsError`.
     """
+    engine, url, path = parse_target(target)
+    if url is not None:
+        catalog_id = hashlib.sha256(f"{engine} {url}".encode()).hexdigest()[:16]
+        catalog = _open_catalog(folder / f"{engine}-{catalog_id}", exclusive=False)
+        return _joined(catalog, engine, url, None, api_key, timeout)
+    place = Path(path).expanduser() if path else folder / engine
+    return _joined(_open_catalog(place, exclusive=True), engine, None, place / "index", None, timeout)
+
+
+def parse_target(target: str) -> tuple[Engine, str | None, str]:
+    """Engine, URL of a server, and of a store inside the process the folder, where one is named. Raises
+    `SettingsError`.
+    """
     scheme, separator, rest = target.partition("://")
     if separator:
         if scheme.lower() not in _SCHEMES:
@@ -35,15 +48,11 @@ def open_store(target: str, folder: Path, *, api_key: str | None = None, timeout
         engine, protocol = _SCHEMES[scheme.lower()]
         url = f"{protocol}://{rest}".rstrip("/")
         _check_url(url)
-        catalog_id = hashlib.sha256(f"{engine} {url}".encode()).hexdigest()[:16]
-        catalog = _open_catalog(folder / f"{engine}-{catalog_id}", exclusive=False)
-        return _joined(catalog, engine, url, None, api_key, timeout)
+        return engine, url, ""
     name, separator, path = target.partition(":")
     if name not in ("chroma", "qdrant") or (separator and not path):
         raise SettingsError(f"collections: {target!r} is no store; known: {_KNOWN}")
-    engine = "chroma" if name == "chroma" else "qdrant"
-    place = Path(path).expanduser() if path else folder / engine
-    return _joined(_open_catalog(place, exclusive=True), engine, None, place / "index", None, timeout)
+    return "chroma" if name == "chroma" else "qdrant", None, path
 
 
 def _check_url(url: str) -> None:
