@@ -13,6 +13,7 @@ from mlx_embeddings_server.logs import configure_logging
 from mlx_embeddings_server.runtime import Runtime
 from mlx_embeddings_server.served_model import Load
 from mlx_embeddings_server.settings import Settings, SettingsError
+from mlx_embeddings_server.stores.opening import parse_target
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,11 @@ def work(settings: Settings, *, load: Load = detect.load) -> NoReturn:
     configure_logging(settings.log_format)
     if settings.collections is None:
         raise SettingsError("a worker needs --collections, and the same --collections-path as the server")
+    if parse_target(settings.collections)[1] is None:
+        raise SettingsError(
+            f"--collections {settings.collections}: a worker needs a store by URL, as one inside the process is the "
+            "server's alone: let the server do its jobs by itself, with --reembed-worker"
+        )
     app = create_app(settings.model_copy(update={"reembed_worker": True}), load=load, preloads=False)
     runtime: Runtime = app.state.runtime
 

@@ -121,6 +121,8 @@ def test_documents_are_stored_replaced_read_and_deleted(server: Server, collecti
     assert filtered == {"id": "b/../ü", "text": "blue sky"}
     deleted = server.client.delete(f"{collection}/documents", params={"ids": ["a", "none"]})
     assert good(deleted) == {"deleted": 1}
+    twice = server.client.request("DELETE", f"{collection}/documents?ids=rain", json={"ids": ["final"]})
+    assert twice.status_code == 400 and "not in both" in twice.text
     by_filter = server.client.request("DELETE", f"{collection}/documents", json={"where": {"kind": "sky"}})
     assert good(by_filter) == {"deleted": 1}
     assert ids_of(server, collection) == ["c"]

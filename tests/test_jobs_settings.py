@@ -60,7 +60,7 @@ def test_the_worker_is_off_unless_it_was_asked_for_and_nothing_is_queued_for_nob
         reply = server.client.post(f"{JOBS}/schedule", json={"media_id": 1, "embedder_version": "new"})
         assert reply.status_code == 409 and "--reembed-worker" in reply.json()["detail"]
         ended = launched("worker", "--config", str(file))  # one of its own has no way to the server's collections
-        assert ended.returncode == 2 and "another process uses" in ended.stderr
+        assert ended.returncode == 2 and "a worker needs a store by URL" in ended.stderr
     assert not load_settings({"config": str(file)}).reembed_worker
     monkeypatch.setenv("EMBEDDINGS_REEMBED_WORKER_ENABLED", "true")
     assert load_settings({"config": str(file)}).reembed_worker

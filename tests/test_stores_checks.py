@@ -132,6 +132,8 @@ def test_vectors_of_another_model_are_refused(
         (np.full(DIMENSION, np.nan, np.float32), InvalidValue),
         (np.full(DIMENSION, np.inf, np.float32), InvalidValue),
         (np.zeros(DIMENSION, np.float32), InvalidValue),
+        (vector(1) * np.float32(1e20), InvalidValue),
+        (vector(1) * np.float32(1e-25), InvalidValue),
     ],
 )
 def test_vectors_that_would_damage_the_index_are_refused_before_any_is_stored(
@@ -158,6 +160,8 @@ def test_vectors_that_would_damage_the_index_are_refused_before_any_is_stored(
         (Document("a", "t", None, {"": 1}), "keys have 1 to 255 bytes"),
         (Document("a", "t", None, {"$eq": 1}), "do not begin with"),
         (Document("a", "t", None, {"chroma:document": "x"}), "do not begin with"),
+        (Document("a", "t", None, {"#x": "y"}), "do not begin with"),
+        (Document("a", "t", None, {"mlx-embeddings:text": "x"}), "do not begin with"),
         (Document("a", "t", None, {"n": 2**63}), "64 bits"),
         (Document("a", "t", None, {"n": float("nan")}), "finite"),
         (Document("a", "t", None, {"n": [1]}), "a text, a number, true or false"),  # type: ignore[dict-item]

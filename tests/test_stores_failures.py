@@ -161,6 +161,16 @@ def test_a_chroma_server_that_hangs_is_given_up_after_the_timeout(tmp_path: Path
             started = time.monotonic()
             refusals = [str(each) for each in run(ask())]
             assert time.monotonic() - started < 3 and "chroma is busy: try again later" in refusals
+
+            async def write() -> list[object]:
+                writing = (connected.upsert("ada", "notes", MINI, [text(number)]) for number in range(8))
+                return list(await asyncio.gather(*writing, return_exceptions=True))
+
+            started = time.monotonic()
+            refusals = [str(each) for each in run(write())]
+            assert time.monotonic() - started < 3 and any(
+                "other writes of this collection" in each for each in refusals
+            )
         server.process.send_signal(signal.SIGCONT)
 
 

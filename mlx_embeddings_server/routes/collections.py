@@ -150,8 +150,12 @@ async def delete_documents(request: Request, name: str) -> Response:
     """By `ids`, or by `where`: in the address, or in a body of JSON."""
     collections = _collections(request)
     ids, where = _selected(request)
-    if ids is None and where is None and _has_body(request):
+    if _has_body(request):
         body = await read_json(request, DeleteRequest)
+        if ids is not None or where is not None:
+            raise InvalidRequest(
+                "say which documents in the address or in the body, not in both", param="ids", code="invalid_value"
+            )
         ids, where = body.ids, body.where
         _check_count("ids", ids or (), request)
     count = await collections.store.delete_documents(_owner(request), name, ids=ids, where=where)

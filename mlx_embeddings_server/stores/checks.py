@@ -19,7 +19,7 @@ from mlx_embeddings_server.stores.base import (
     Mismatch,
     Scalar,
 )
-from mlx_embeddings_server.stores.filters import FilterProblem, Where, parse_where
+from mlx_embeddings_server.stores.filters import RESERVED, FilterProblem, Where, parse_where
 
 MAX_OWNER_BYTES = 1024
 MAX_ID_BYTES = 512
@@ -29,6 +29,8 @@ MAX_RESULTS = 1000
 # Of a document's text and image together: the databases' servers refuse requests of 32 MiB (Qdrant) and 40 MB (Chroma).
 MAX_DOCUMENT_BYTES = 24 * 1024 * 1024
 MAX_METADATA_BYTES = 1024 * 1024
+
+_SHORTEST, _LONGEST = 1e-12, 1e15  # vectors, whose squares are summed up in float32
 
 # Chroma's rule, so that a collection can be moved from there under its name.
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{1,510}[a-zA-Z0-9]", re.ASCII)
@@ -83,10 +85,10 @@ def check_metadata(metadata: Metadata, where: str) -> None:
     size = 0
     for key, value in metadata.items():
         length = _length(key, f"{where}: a key", "metadata")
-        if not 0 < length <= MAX_KEY_BYTES or key.startswith(("$", "chroma:")):
+        if not 0 < length <= MAX_KEY_BYTES or key.startswith(RESERVED):
             raise InvalidValue(
-                f"{where}: keys have 1 to {MAX_KEY_BYTES} bytes and do not begin with '$' or 'chroma:': "
-                f"not {quoted(key)}",
+                f"{where}: keys have 1 to {MAX_KEY_BYTES} bytes and do not begin with "
+                f"{', '.join(map(repr, RESERVED))}: not {quoted(key)}",
                 param="metadata",
             )
         size += length + _value_size(value, f"{where}[{quoted(key)}]")
@@ -162,6 +164,9 @@ def check_vectors(vectors: NDArray[np.float32], facts: EmbeddingFacts, where: st
         raise InvalidValue(f"{where} are not finite")
     if not vectors.any(axis=-1).all():
         raise InvalidValue(f"{where}: one is all zeros and has no direction to compare")
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=-1)
+    if not ((lengths > _SHORTEST) & (lengths < _LONGEST)).all():
+        raise InvalidValue(f"{where}: one is so long or so short that it cannot be compared in float32")
 
 
 def _length(text: str, where: str, param: str) -> int:

@@ -1,7 +1,12 @@
 """Dense vectors in Chroma: inside this process with its files in a folder, or a Chroma server by URL.
 
-An index is a Chroma collection in cosine space: the text as `documents`, the image's URL or data URI as `uris`. Inside
-the process, what an upsert has acknowledged is in SQLite and fsynced; a server gives what its own disk gives.
+An index is a Chroma collection in cosine space: the image's URL or data URI as `uris`, the text among the metadata. Of
+`documents` Chroma would index all trigrams, which takes several times as long as all the rest, for searches that nobody
+asks for. Inside the process, what an upsert has acknowledged is in SQLite and fsynced; a server gives what its own disk
+gives.
+
+Inside the process a write lets nothing else of the process run (Chroma holds Python's lock all the time): it is done in
+small parts.
 
 Chroma searches along a graph (hnswlib's), which may lead no longer to a document once others were replaced or deleted
 (chroma-core/chroma#7758): of some hundred documents, most of them replaced, one in ten thousand was found by no query.
@@ -48,14 +53,18 @@ from mlx_embeddings_server.stores.base import (
 from mlx_embeddings_server.stores.batches import batches
 from mlx_embeddings_server.stores.chroma_folder import remove_dead_folders
 from mlx_embeddings_server.stores.chroma_server import NO_CHROMA, ChromaServer, client_settings, sessions_of
-from mlx_embeddings_server.stores.filters import Comparison, Group, Where
+from mlx_embeddings_server.stores.filters import OWN, Comparison, Group, Where
 from mlx_embeddings_server.stores.vector_table import MOST_BYTES, VectorTable, VectorTables
 
 # Of the ten nearest of 6,000 vectors spread like texts', 99.8% are found; 98.6% with Chroma's default of 100.
 _HNSW: CreateHNSWConfiguration = {"space": "cosine", "ef_construction": 200, "ef_search": 200}
 _FETCH_AT_ONCE = 1000
-_COLUMNS: Mapping[Part, str] = {"text": "documents", "image": "uris", "metadata": "metadatas"}
+_COLUMNS: Mapping[Part, str] = {"text": "metadatas", "image": "uris", "metadata": "metadatas"}
+_TEXT = f"{OWN}text"
 _MAX_BYTES = 30_000_000  # of one request: a Chroma server refuses 40 MB
+# Of one write inside the process: these take some 50 ms.
+_MAX_BYTES_INSIDE = 250_000
+_DELETE_INSIDE = 100
 _LITTLE_SPACE = 16 * 1024 * 1024  # where the disk is taken to be full when something fails
 _ROOM = 1024 * 1024
 _FULL = "the disk of the Chroma store is full: make room, then send the request again"
@@ -143,7 +152,8 @@ class ChromaIndex:
     def upsert(self, index: str, facts: EmbeddingFacts, documents: Sequence[EmbeddedDocument]) -> None:
         with self._writing(index):
             records = self._records(index)
-            for batch in batches(documents, self._max_batch, _MAX_BYTES, bytes_of_number=6):
+            most_bytes = _MAX_BYTES if self._path is None else _MAX_BYTES_INSIDE
+            for batch in batches(documents, self._max_batch, most_bytes, bytes_of_number=6):
                 ids = [each.document.id for each in batch]
                 before = dict(_rows(records.get(ids=ids, include=["metadatas"]), "metadatas"))
                 known = [each for each in batch if each.document.id in before]
@@ -155,7 +165,6 @@ class ChromaIndex:
                     records.upsert(
                         ids=ids,
                         embeddings=vectors,
-                        documents=[each.document.text or "" for each in part],
                         uris=[each.document.image or "" for each in part],
                         metadatas=cast("Any", metadatas),
                     )
@@ -167,18 +176,21 @@ class ChromaIndex:
 
     def fetch(self, index: str, ids: Sequence[str], parts: Sequence[Part] = PARTS) -> list[Document]:
         found: dict[str, Document] = {}
-        columns = cast("Any", [_COLUMNS[each] for each in parts])
+        columns = cast("Any", list({_COLUMNS[each] for each in parts}))
         with self._errors(index):
             records = self._records(index)
             for start in range(0, len(ids), _FETCH_AT_ONCE):
                 reply: Mapping[str, Any] = records.get(ids=list(ids[start : start + _FETCH_AT_ONCE]), include=columns)
-                found |= {each.id: each for each in _documents(reply)}
+                found |= {each.id: each for each in _documents(reply, parts)}
         return [found[id] for id in ids if id in found]
 
     def delete(self, index: str, ids: Sequence[str]) -> None:
+        at_once = _FETCH_AT_ONCE if self._path is None else _DELETE_INSIDE
         with self._writing(index):
-            self._records(index).delete(ids=list(ids))
-            self._tables.remove(index, ids)
+            for start in range(0, len(ids), at_once):
+                some = list(ids[start : start + at_once])
+                self._records(index).delete(ids=some)
+                self._tables.remove(index, some)
 
     def query(
         self, index: str, facts: EmbeddingFacts, vectors: NDArray[np.float32], limit: int, where: Where | None
@@ -336,8 +348,9 @@ def translated(where: Where | None) -> dict[str, Any] | None:
 
 
 def _replacing(before: Mapping[str, Any] | None, document: Document) -> dict[str, Any] | None:
-    """Metadata to upsert so that the document has its own and nothing of what was there before."""
-    return {**dict.fromkeys(before or {}), **document.metadata} or None
+    """Metadata to upsert so that the document has its own and its text, and nothing of what was there before."""
+    text = {} if document.text is None else {_TEXT: document.text}
+    return {**dict.fromkeys(before or {}), **document.metadata, **text} or None
 
 
 def _table_of(records: Records, dimension: int) -> VectorTable:
@@ -353,8 +366,13 @@ def _rows(reply: Mapping[str, Any], column: str) -> Iterator[tuple[str, Any]]:
     return zip(reply["ids"], reply[column], strict=True)
 
 
-def _documents(reply: Mapping[str, Any]) -> list[Document]:
+def _documents(reply: Mapping[str, Any], parts: Sequence[Part]) -> list[Document]:
     ids = reply["ids"]
-    columns = (reply[name] or [None] * len(ids) for name in _COLUMNS.values())  # None: was not asked for
-    rows = zip(ids, *columns, strict=True)
-    return [Document(id, text or None, image or None, dict(metadata or {})) for id, text, image, metadata in rows]
+    columns = (reply[name] or [None] * len(ids) for name in ("uris", "metadatas"))  # None: was not asked for
+    found = []
+    for id, image, metadata in zip(ids, *columns, strict=True):
+        own = dict(metadata or {})
+        text = own.pop(_TEXT, None)
+        shown = own if "metadata" in parts else {}
+        found.append(Document(id, text if "text" in parts else None, image or None, shown))
+    return found

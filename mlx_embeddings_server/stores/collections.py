@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -60,16 +60,20 @@ T = TypeVar("T")
 # A creation takes seconds. What is not finished after this long was left by a process that ended.
 CREATING_SECONDS = 600.0
 _DELETE_AT_ONCE = 1000
-_FETCH_AT_ONCE = 32  # documents, which may have 25 MB each
+# Documents that are read at once, which may have 25 MB each: fewer where those before were large.
+_FETCH_AT_ONCE = 8
+_FETCH_BYTES = 8_000_000
 
 
 class Collections:
     """Blocks. May be called from several threads."""
 
-    def __init__(self, index: Index, catalog: Catalog) -> None:
+    def __init__(self, index: Index, catalog: Catalog, timeout: float = 30.0) -> None:
+        """`timeout`: seconds that a write waits for others of its collection."""
         self.index = index
         self.catalog = catalog
         # Writes of one collection follow each other: its versions on the disk, and the catalog's notes of them.
+        self._timeout = timeout
         self._write_locks = [threading.RLock() for _ in range(64)]
 
     # Collections.
@@ -282,11 +286,14 @@ class Collections:
     def _fetch(self, index: str, ids: Sequence[str], excerpt: Excerpt) -> list[Document]:
         """A few at a time, so that what is too much is not read before that is seen."""
         found: list[Document] = []
-        size = 0
-        for chunk in _chunks(ids, _FETCH_AT_ONCE):
-            some = self.index.fetch(index, chunk, excerpt.parts)
+        size, start, at_once = 0, 0, _FETCH_AT_ONCE // 2
+        while start < len(ids):
+            some = self.index.fetch(index, ids[start : start + at_once], excerpt.parts)
+            start += at_once
             found += some
-            size += sum(map(size_of, some))
+            sizes = [size_of(each) for each in some]
+            size += sum(sizes)
+            at_once = max(1, min(_FETCH_AT_ONCE, _FETCH_BYTES // max(1, 1, *sizes)))
             if excerpt.most_bytes is not None and size > excerpt.most_bytes and len(found) > 1:
                 raise InvalidValue(
                     f"these documents have more than {excerpt.most_bytes} bytes together: ask for fewer at once, or "
@@ -306,8 +313,16 @@ class Collections:
             finally:  # what was stored in part counts as changed, too
                 self.catalog.record_changes(found.owner, found.name, version, ids)
 
-    def _writing(self, index: str) -> AbstractContextManager[object]:
-        return self._write_locks[hash(index) % len(self._write_locks)]
+    @contextmanager
+    def _writing(self, index: str) -> Iterator[None]:
+        """Raises `StoreUnavailable`, where others take too long."""
+        lock = self._write_locks[hash(index) % len(self._write_locks)]
+        if not lock.acquire(timeout=self._timeout):
+            raise StoreUnavailable(f"{self.index.name} is busy with other writes of this collection: try again later")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _drop(self, indexes: Sequence[str]) -> int:
         """What cannot be dropped now is by a later `clean_up`."""

@@ -21,6 +21,10 @@ _MEMBERSHIP = ("$in", "$nin")
 _LOGIC = ("$and", "$or")
 OPERATORS = (*_EQUALITY, *_ORDER, *_MEMBERSHIP, *_LOGIC)
 
+# What keys of metadata do not begin with: operators, what Chroma keeps for itself, and what is kept with it here.
+OWN = "mlx-embeddings:"
+RESERVED = ("$", "#", "chroma:", OWN)
+
 MAX_DEPTH = 8
 MAX_CONDITIONS = 100
 MAX_VALUES = 1000  # of all $in and $nin together
@@ -87,8 +91,8 @@ def _parse(where: object, place: str, depth: int, budget: _Budget) -> Where:
             parts.append(_group("$and" if key == "$and" else "$or", condition, f"{place}.{key}", depth, budget))
         elif key.startswith("$"):
             raise _unknown(key, place)
-        elif key.startswith("chroma:"):
-            raise FilterProblem(f"{place}: no metadata's key begins with 'chroma:'")
+        elif key.startswith(RESERVED):
+            raise FilterProblem(f"{place}: no metadata's key begins with '#', 'chroma:' or '{OWN}'")
         else:
             parts += _conditions(key, condition, f"{place}.{key[:100]}", budget)
     return _joined("$and", parts)

@@ -95,7 +95,7 @@ def _joined(
     except StoreError as error:
         catalog.close()
         raise SettingsError(f"collections: {engine} cannot open {path}: {error.__cause__ or error}") from error
-    return VectorStore(Collections(index, catalog), timeout=timeout)
+    return VectorStore(Collections(index, catalog, timeout), timeout=timeout)
 
 
 def _open_index(engine: Engine, url: str | None, path: Path | None, api_key: str | None, timeout: float) -> Index:
