@@ -32,6 +32,8 @@ _MOST_COUNTERS: Final = 65_536  # beyond it those that began first are forgotten
 _REDIS_TIMEOUT: Final = 0.5  # seconds
 _REDIS_PAUSE: Final = 5.0  # seconds that it is not asked in after it has failed
 _REDIS_CONNECTIONS: Final = 32
+# What is no Redis may answer anything.
+_FAILURES: Final = (StorageError, OSError, TimeoutError, ValueError, TypeError)
 
 
 @dataclass(slots=True)
@@ -111,7 +113,9 @@ class Counters:
         try:
             async with asyncio.timeout(_REDIS_TIMEOUT):
                 answer = await question(self._shared.storage)
-        except (StorageError, OSError, TimeoutError) as error:
+            if not isinstance(answer, int | float):
+                raise TypeError("another answer than a number")
+        except _FAILURES as error:
             self._note_away(error)
             return await question(self._own)
         if self._away_until is not None:
@@ -149,6 +153,10 @@ class RedisCounters:
             # For a connection that Redis has closed meanwhile. What took too long may have been counted.
             retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
         )
+        try:
+            self._pool.make_connection()  # of an option that it does not know it is only told here
+        except TypeError:
+            raise ValueError("an option is not known") from None
         options: dict[str, Any] = {"connection_pool": self._pool}
         self.storage: Storage = RedisStorage(
             f"async+{url}", wrap_exceptions=True, implementation="redispy", key_prefix="mlx-embeddings", **options

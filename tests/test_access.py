@@ -284,3 +284,11 @@ def test_a_file_that_only_its_owner_reads_is_not_warned_of(tmp_path: Path, caplo
         with caplog.at_level(logging.WARNING):
             access_of(load_settings({"model": "m", "api_key_file": str(file)}))
         assert len(caplog.records) == warnings
+
+
+def test_a_key_that_can_be_guessed_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for key, warnings in (("short", 1), (KEY, 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            access_of(load_settings({"model": "m", "api_key": key}))
+        assert len(caplog.records) == warnings and key not in caplog.text

@@ -204,3 +204,17 @@ def test_a_layer_that_cannot_be_had_ends_the_start(flags: tuple[str, ...], messa
     with pytest.raises(RuntimeError, match=message) as refused, Server("--model", str(tmp_path), *flags):
         pass
     assert "Traceback" not in str(refused.value)
+
+
+def test_a_large_request_leaves_what_it_has_written(tmp_path: Path) -> None:
+    async def fill() -> list[int]:
+        store = DiskStore(tmp_path, ttl=None, max_bytes=2_000_000)
+        found = []
+        for turn in range(4):
+            values = {f"{turn}-{number}".encode(): b"x" * 2000 for number in range(400)}
+            await store.put(values)
+            found.append(sum(each is not None for each in await store.get(list(values))))
+        await store.aclose()
+        return found
+
+    assert all(kept > 300 for kept in asyncio.run(fill()))

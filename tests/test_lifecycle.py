@@ -344,7 +344,8 @@ def test_a_worker_that_cannot_load_again_is_dead_and_says_so(
     assert server.client.get("/livez").status_code == 503
     reply = server.client.get("/health")
     assert (reply.status_code, reply.json()["status"]) == (503, "unavailable")
-    assert "the device is still gone" in reply.json()["models"][0]["reason"]
+    assert reply.json()["models"][0]["reason"] == "RuntimeError"
+    assert "the device is still gone" in server.log
     late = threads.submit(server.embed, "late", "toy")
     assert error(late.result(5)) == (503, "backend_lost")
     assert server.stop() == 0

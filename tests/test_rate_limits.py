@@ -74,6 +74,20 @@ def test_tokens_are_charged_after_the_reply_and_may_be_overdrawn_once(server: Se
     assert 50 <= int(refusal.headers["retry-after"]) <= 60
 
 
+def test_tokens_count_of_a_client_that_leaves(server: Server) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post(
+            "/v1/embeddings",
+            json={"model": "toy", "input": "work 1 " + "a " * TOKENS},
+            headers={"X-Forwarded-For": "192.0.2.77"},
+            timeout=0.2,
+        )
+    while server.client.get("/health").json()["requests_in_flight"]:
+        time.sleep(0.02)
+    reply = embed(server, "192.0.2.77")
+    assert reply.status_code == 429 and f"{TOKENS} tokens a minute" in reply.text
+
+
 def test_a_request_that_is_refused_for_its_body_is_a_request(server: Server) -> None:
     statuses = [embed(server, "192.0.2.5", "").status_code for _ in range(REQUESTS + 1)]
 

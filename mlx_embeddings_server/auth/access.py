@@ -17,7 +17,12 @@ def access_of(settings: Settings) -> Access | None:
     """None where everybody may call. Of `settings` that fit together; raises `SettingsError` for one that is wrong."""
     match [name for name in ACCESS if getattr(settings, name) is not None]:
         case ["api_key"] if settings.api_key is not None:
-            return KeyAccess(settings.api_key.get_secret_value())
+            key = settings.api_key.get_secret_value()
+            if len(key) < _SHORTEST_KEY:
+                log.warning(
+                    "the API key has %d characters, and can be guessed: take %d or more", len(key), _SHORTEST_KEY
+                )
+            return KeyAccess(key)
         case ["api_key_file"]:
             return KeyAccess(_key_of_file(str(settings.api_key_file)))
         case ["jwt_secret" | "jwt_secret_file" | "jwt_jwks"]:

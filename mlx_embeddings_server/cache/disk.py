@@ -18,6 +18,8 @@ Result = TypeVar("Result")
 _FOLDER = "mlx-embeddings-cache"  # below the user's: what else is there is not ours to clear
 _TIMEOUT = 0.3  # seconds for another process that holds the database
 _FILE_BYTES = 32_768  # from which on a value has a file of its own
+# Values of one transaction, until whose end each of them removes ten others while the folder is too large.
+_AT_ONCE = 20
 
 
 class BytesDisk(Disk):  # type: ignore[misc]  # diskcache has no types
@@ -86,9 +88,10 @@ class DiskStore:
     async def put(self, values: Mapping[bytes, bytes]) -> None:
         def write() -> None:
             # One transaction takes a quarter of the time; but files are outside of it, and would stay if it failed.
-            with self._cache.transact():
-                for key, data in values.items():
-                    if len(data) < _FILE_BYTES:
+            small = [(key, data) for key, data in values.items() if len(data) < _FILE_BYTES]
+            for start in range(0, len(small), _AT_ONCE):
+                with self._cache.transact():
+                    for key, data in small[start : start + _AT_ONCE]:
                         self._cache.set(key, data, expire=self._ttl)
             for key, data in values.items():
                 if len(data) >= _FILE_BYTES:

@@ -22,7 +22,7 @@ class RedisStore:
     """One round trip to read, one for each few megabytes to write; keys that other programs have are left alone."""
 
     name = "redis"
-    failures = (RedisError, OSError)
+    failures = (RedisError, OSError, ValueError, TypeError)  # what is no Redis may answer anything
 
     def __init__(self, url: str, *, ttl: float | None) -> None:
         self._milliseconds = None if ttl is None else max(1, round(ttl * 1000))
@@ -37,13 +37,18 @@ class RedisStore:
             )
             # Of an option that it does not know it is only told here.
             self._pool.make_connection()
+            if self._pool.connection_kwargs.get("decode_responses"):
+                raise ValueError
         except (TypeError, ValueError):  # its words may have a part of the password
             message = f"must be {SCHEMES}; in a password / is written %2F, ? %3F, # %23 and @ %40"
             raise UnusableStore(message) from None
         self._redis = Redis(connection_pool=self._pool)
 
     async def get(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        return cast("list[bytes | None]", await self._redis.mget([_PREFIX + key for key in keys]))
+        found = await self._redis.mget([_PREFIX + key for key in keys])
+        if not isinstance(found, list) or len(found) != len(keys):
+            raise RedisError("another answer than values")
+        return [each if isinstance(each, bytes) else None for each in found]
 
     async def put(self, values: Mapping[bytes, bytes]) -> None:
         batch: dict[bytes, bytes] = {}

@@ -161,8 +161,8 @@ class Worker:
         self._answer(lost, WorkerLost("the worker died twice under this input"))
         self._queue.put_back([job for job in unfinished if not job.suspect])
         self._failed_in_a_row += 1
-        # Everybody may read it: what killed the worker may quote its input. Of a load there is none.
-        self.reason = type(error).__name__ if ran else f"{type(error).__name__}: {error}"
+        # Everybody may read it: what killed the worker may quote its input, and what a load fails with names files.
+        self.reason = type(error).__name__
         log.error(
             "the worker died, attempt %d to restart it",
             self._failed_in_a_row,

@@ -12,6 +12,7 @@ from mlx_embeddings_backends.errors import InputError
 from mlx_embeddings_server.engine.engine import Engine, Outcome
 from mlx_embeddings_server.providers import LOCAL
 from mlx_embeddings_server.providers.base import Account, Timings, Vectors
+from mlx_embeddings_server.request_record import add_tokens
 
 # Up to so many characters or token ids, tokenising takes less than handing it to another thread and back.
 INLINE_LENGTH = 2000
@@ -39,7 +40,12 @@ class LocalProvider:
             return await self._embed_in_parts(items, truncate, started)
         prepared = await self._prepare_texts(items, truncate)
         tokenize_seconds = time.perf_counter() - started
-        result = await self.engine.run(prepared)
+        try:
+            result = await self.engine.run(prepared)
+        except asyncio.CancelledError:
+            # Its client has gone. Much of it may have been computed: it counts for the caller's limits.
+            add_tokens(sum(each.tokens for each in prepared))
+            raise
         return _vectors(result, list(map(_account, prepared)), tokenize_seconds)
 
     async def _prepare_texts(self, items: Sequence[Item], truncate: Truncate) -> list[Prepared]:
@@ -77,6 +83,9 @@ class LocalProvider:
                 await asyncio.gather(*parts)
                 tokenize_seconds = time.perf_counter() - started
                 result = await request.result()
+            except asyncio.CancelledError:
+                add_tokens(sum(each.tokens for each in accounts.values()))
+                raise
             finally:
                 for part in parts:
                     part.cancel()
