@@ -21,7 +21,7 @@ Four things that Chroma leaves to its callers are done here:
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -59,6 +59,7 @@ from mlx_embeddings_server.stores.vector_table import MOST_BYTES, VectorTable, V
 # Of the ten nearest of 6,000 vectors spread like texts', 99.8% are found; 98.6% with Chroma's default of 100.
 _HNSW: CreateHNSWConfiguration = {"space": "cosine", "ef_construction": 200, "ef_search": 200}
 _FETCH_AT_ONCE = 1000
+_KEYS_AT_ONCE = 16
 _COLUMNS: Mapping[Part, str] = {"text": "metadatas", "image": "uris", "metadata": "metadatas"}
 _TEXT = f"{OWN}text"
 _MAX_BYTES = 30_000_000  # of one request: a Chroma server refuses 40 MB
@@ -155,13 +156,13 @@ class ChromaIndex:
             most_bytes = _MAX_BYTES if self._path is None else _MAX_BYTES_INSIDE
             for batch in batches(documents, self._max_batch, most_bytes, bytes_of_number=6):
                 ids = [each.document.id for each in batch]
-                before = dict(_rows(records.get(ids=ids, include=["metadatas"]), "metadatas"))
+                before = _keys_of(records, ids)
                 known = [each for each in batch if each.document.id in before]
                 new = [each for each in batch if each.document.id not in before]
                 for part in filter(None, (known, new)):
                     ids = [each.document.id for each in part]
                     vectors = np.stack([each.vectors for each in part])
-                    metadatas = [_replacing(before.get(each.document.id), each.document) for each in part]
+                    metadatas = [_replacing(before.get(each.document.id, ()), each.document) for each in part]
                     records.upsert(
                         ids=ids,
                         embeddings=vectors,
@@ -347,10 +348,19 @@ def translated(where: Where | None) -> dict[str, Any] | None:
     raise AssertionError(where)
 
 
-def _replacing(before: Mapping[str, Any] | None, document: Document) -> dict[str, Any] | None:
+def _keys_of(records: Records, ids: Sequence[str]) -> dict[str, list[str]]:
+    """Of the metadata of those that there are. Their texts are read with it, which may be large."""
+    found: dict[str, list[str]] = {}
+    for start in range(0, len(ids), _KEYS_AT_ONCE):
+        reply = records.get(ids=list(ids[start : start + _KEYS_AT_ONCE]), include=["metadatas"])
+        found |= {id: list(metadata or ()) for id, metadata in _rows(reply, "metadatas")}
+    return found
+
+
+def _replacing(keys: Iterable[str], document: Document) -> dict[str, Any] | None:
     """Metadata to upsert so that the document has its own and its text, and nothing of what was there before."""
-    text = {} if document.text is None else {_TEXT: document.text}
-    return {**dict.fromkeys(before or {}), **document.metadata, **text} or None
+    text = {_TEXT: document.text} if document.text else {}
+    return {**dict.fromkeys(keys), **document.metadata, **text} or None
 
 
 def _table_of(records: Records, dimension: int) -> VectorTable:
