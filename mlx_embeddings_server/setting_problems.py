@@ -10,6 +10,12 @@ from mlx_embeddings_server.provider_entry import ProviderEntry
 from mlx_embeddings_server.yaml_file import Location, Problem, YamlFile, dotted
 
 ENVIRONMENT_PREFIX = "MLX_EMBEDDINGS_"
+# Variables of another name that stand for a setting, after its own: those that the tldw server reads.
+FURTHER_VARIABLES = {
+    "EMBEDDINGS_RATE_LIMIT": "rate_limit",
+    "EMBEDDINGS_DIMENSION_POLICY": "dimensions_policy",
+    "EMBEDDINGS_REEMBED_WORKER_ENABLED": "reembed_worker",
+}
 # They have neither a flag nor a variable.
 FILE_ONLY = frozenset({"models", "providers"})
 MAX_PROBLEMS = 100
@@ -69,4 +75,8 @@ def told(path: str, problems: Sequence[Problem]) -> str:
 
 def names(field: str) -> str:
     """All that a setting is called."""
-    return f"--{field.replace('_', '-')} (variable {ENVIRONMENT_PREFIX}{field.upper()}, YAML key {field})"
+    variables = [
+        f"{ENVIRONMENT_PREFIX}{field.upper()}",
+        *(name for name, of in FURTHER_VARIABLES.items() if of == field),
+    ]
+    return f"--{field.replace('_', '-')} (variable {' or '.join(variables)}, YAML key {field})"

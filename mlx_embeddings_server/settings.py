@@ -16,7 +16,16 @@ from pydantic_settings import (
 from mlx_embeddings_server import yaml_file
 from mlx_embeddings_server.model_entry import ModelEntry, name_problems
 from mlx_embeddings_server.provider_entry import ProviderEntry, provider_problems
-from mlx_embeddings_server.setting_problems import ENVIRONMENT_PREFIX, FILE_ONLY, MAX_PROBLEMS, at, explain, names, told
+from mlx_embeddings_server.setting_problems import (
+    ENVIRONMENT_PREFIX,
+    FILE_ONLY,
+    FURTHER_VARIABLES,
+    MAX_PROBLEMS,
+    at,
+    explain,
+    names,
+    told,
+)
 from mlx_embeddings_server.setting_types import (
     Adapters,
     CacheUrl,
@@ -34,12 +43,6 @@ from mlx_embeddings_server.setting_types import (
 from mlx_embeddings_server.yaml_file import Problem, YamlFile
 
 DimensionsPolicy = Literal["reduce", "pad", "ignore"]
-# Variables of another name that stand for a setting, after its own: those that the tldw server reads.
-FURTHER_VARIABLES = {
-    "EMBEDDINGS_RATE_LIMIT": "rate_limit",
-    "EMBEDDINGS_DIMENSION_POLICY": "dimensions_policy",
-    "EMBEDDINGS_REEMBED_WORKER_ENABLED": "reembed_worker",
-}
 # Keys that begin so are the file's own, for anchors to stand at.
 _IGNORED = "x-"
 

@@ -149,7 +149,7 @@ def test_limits_are_on_where_they_were_asked_for(
 def test_a_wrong_word_for_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMBEDDINGS_RATE_LIMIT", "perhaps")
 
-    with pytest.raises(SettingsError, match="--rate-limit .*valid boolean"):
+    with pytest.raises(SettingsError, match="--rate-limit .* or EMBEDDINGS_RATE_LIMIT, .*valid boolean"):
         load_settings({"model": "m"})
 
 
