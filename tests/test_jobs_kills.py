@@ -26,11 +26,12 @@ def stored(folder: Path, index: str) -> tuple[dict[str, str], dict[str, NDArray[
     """Each document's text, and its vector, as they are in Chroma."""
     client = cast("Client", chromadb.PersistentClient(str(folder), Settings(anonymized_telemetry=False)))
     try:
-        found = client.get_collection(index, embedding_function=None).get(include=["documents", "embeddings"])
+        found = client.get_collection(index, embedding_function=None).get(include=["metadatas", "embeddings"])
     finally:
         client.close()
-    ids, texts, vectors = found["ids"], found["documents"], found["embeddings"]
-    assert texts is not None and vectors is not None and len(set(ids)) == len(ids)
+    ids, metadatas, vectors = found["ids"], found["metadatas"], found["embeddings"]
+    assert metadatas is not None and vectors is not None and len(set(ids)) == len(ids)
+    texts = [str(each["mlx-embeddings:text"]) for each in metadatas]
     return dict(zip(ids, texts, strict=True)), dict(zip(ids, map(np.asarray, vectors), strict=True))
 
 

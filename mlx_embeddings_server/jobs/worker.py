@@ -149,9 +149,9 @@ class Worker:
             return
         told = float(error.headers.get("Retry-After", 0)) if isinstance(error, ApiError) else 0.0
         pause = min(max(_FIRST_PAUSE * 2 ** (failures - 1), told), LONGEST_PAUSE)
-        log.warning("job %d failed for the %d. time, and is tried again in %d s: %s", job.id, failures, pause, error)
         back = self._records.give_back  # a sweep puts it in when the pause is over
         await asyncio.to_thread(back, job, self._liveness.name, error=str(error), pause=pause)
+        log.warning("job %d failed for the %d. time, and is tried again in %d s: %s", job.id, failures, pause, error)
 
     async def _end(self, job: Job, status: str, error: str | None = None) -> None:
         """Without its result: what it has begun is dropped first, so that a kill in between leaves it to be ended."""
