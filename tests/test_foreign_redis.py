@@ -5,13 +5,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mlx_embeddings_server.app import create_app
 from mlx_embeddings_server.settings import SettingsError, load_settings
-from tests.scripted import scripted_server
+from tests.scripted import ScriptedLoad
+from tests.threaded import ThreadedServer
 
 
 @contextmanager
@@ -40,14 +40,19 @@ def answering(answer: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     "answer", [b"+OK\r\n", b":abc\r\n", b"$-5\r\n", b"*1\r\n$1\r\nx\r\n", b"HTTP/1.1 400 Bad\r\n\r\n"]
 )
-def test_what_is_no_redis_is_left_alone(answer: bytes, tmp_path: Path) -> None:
+def test_what_is_no_redis_is_left_alone(answer: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "config.json").write_text('{"model_type": "bert"}')
     with answering(answer) as url:
-        limits: dict[str, Any] = {"rate_limit_tokens": 100, "rate_limit_requests": 100, "rate_limit_storage": url}
-        with scripted_server(tmp_path, **limits, cache="true", cache_url=url, cache_entries=1) as server:
+        settings = {
+            "rate_limit_tokens": 100, "rate_limit_requests": 100, "rate_limit_storage": url,
+            "cache": True, "cache_url": url, "cache_entries": 1,
+        }  # fmt: skip
+        with ThreadedServer(None, ScriptedLoad(""), model=[str(tmp_path / "toy")], **settings) as server:
             for text in ("a", "b", "a"):
                 reply = server.embed(text, "toy")
                 assert reply.status_code == 200, reply.text
-            assert "Traceback" not in server.log and "rate limits are counted here" in server.log
+    assert "rate limits are counted here" in caplog.text and "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize(

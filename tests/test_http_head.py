@@ -88,13 +88,12 @@ def test_a_client_that_does_not_go_on_is_left(
 
 
 def test_a_slow_body_and_a_long_computation_are_waited_for(impatient: ThreadedServer) -> None:
-    body = b'{"model": "toy", "input": "work 2.5 a"}'
+    body = b'{"model": "toy", "input": "work 2 a"}'
     head = b"POST /v1/embeddings HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
     with connected(impatient.url) as connection:
-        for _ in range(2):
-            connection.sendall(head)
-            for start in range(0, len(body), 10):
-                time.sleep(0.6)
-                connection.sendall(body[start : start + 10])
-            said = connection.recv(100_000)
-            assert said.startswith(b"HTTP/1.1 200 ") and said.count(b",") >= DIMENSIONS
+        connection.sendall(head)
+        for start in range(0, len(body), 15):
+            time.sleep(0.6)
+            connection.sendall(body[start : start + 15])
+        said = connection.recv(100_000)
+        assert said.startswith(b"HTTP/1.1 200 ") and said.count(b",") >= DIMENSIONS

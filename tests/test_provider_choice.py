@@ -1,5 +1,6 @@
 """Which model a request means, where other servers have some: by name, by provider, or one that nobody listed."""
 
+import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 
 from tests.scripted import DIMENSIONS, vector
 from tests.server import Server
+from tests.threaded import ThreadedServer
 from tests.upstream import Upstream, always, good, message, providers_server, upstream, vectors
 
 
@@ -81,9 +83,12 @@ def test_what_no_provider_may_serve(here: Server, model: str, provider: str | No
 
 
 def test_an_id_that_two_models_have_says_which(tmp_path: Path, up: Upstream) -> None:
-    providers = {name: {"url": f"{up.url}/{name}/v1"} for name in ("good", "far")}
-    models = {name: {"provider": name, "name": "same", "dimensions": DIMENSIONS} for name in providers}
-    with providers_server(tmp_path, providers, models) as server:
+    file = tmp_path / "models.yaml"
+    names = ("good", "far")
+    providers = {name: {"url": f"{up.url}/{name}/v1"} for name in names}
+    models = {name: {"provider": name, "name": "same", "dimensions": DIMENSIONS} for name in names}
+    file.write_text(json.dumps({"providers": providers, "models": models}))  # JSON is YAML
+    with ThreadedServer(file) as server:
         said = message(server.embed("a", "same"), 404, "model_not_found")
         assert said == "several models are called 'same' by their providers: ask for one of good, far"
 

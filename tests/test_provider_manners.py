@@ -10,6 +10,7 @@ import pytest
 
 from tests.scripted import DIMENSIONS
 from tests.server import Server
+from tests.threaded import ThreadedServer
 from tests.upstream import Handler, Upstream, always, good, hang, message, providers_server, reply_of, rows_of, upstream
 
 
@@ -124,5 +125,5 @@ def test_a_server_may_have_other_servers_models_alone(up: Upstream, tmp_path: Pa
     up.pages["alone"] = good
     file = tmp_path / "models.yaml"
     file.write_text(f"providers: {{p: {{url: '{up.url}/alone/v1', {next(iter(entry))}: {[*entry.values()][0]}}}}}")
-    with Server("--config", str(file)) as server:
+    with ThreadedServer(file) as server:
         assert server.embed("a", "p:m").status_code == 200
