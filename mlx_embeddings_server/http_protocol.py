@@ -23,7 +23,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _waits_since = 0.0  # loop.time()
     _watch: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # narrower, as uvicorn has it
         super().connection_made(transport)
         self._waits_since = self.loop.time()
         self._watch = self.loop.call_later(self.timeout_keep_alive, self._close_if_late)
